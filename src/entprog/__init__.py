@@ -1,0 +1,25 @@
+"""entprog: train the blocks of a video diffusion model that matter, and let the others cost nothing."""
+
+from entprog.blocks import Block, find_blocks
+from entprog.cei import Scores, Stop
+from entprog.modes import fidelity, set_active, skip
+from entprog.plugin import EntProg
+from entprog.priority import score
+from entprog.schedule import Candidate
+from entprog.strategy import Progressive
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Block",
+    "Candidate",
+    "EntProg",
+    "Progressive",
+    "Scores",
+    "Stop",
+    "fidelity",
+    "find_blocks",
+    "score",
+    "set_active",
+    "skip",
+]

@@ -1,0 +1,288 @@
+"""Whole runs and comparisons: load, train, sample, measure, one JSON each; and what a training step costs.
+
+`train_run` is what `entprog train` does. `compare` trains several strategies on the same task for the same net seconds.
+`step_cost` measures one training step in different modes as ratios to full training, all within one run.
+"""
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entprog.blocks import Block, find_blocks, record_example
+from entprog.config import RunConfig
+from entprog.data.batches import Data, load_data
+from entprog.measure import count_flops, now, saved_bytes
+from entprog.metrics.frame import psnr, ssim
+from entprog.metrics.protocol import bootstrap_interval
+from entprog.models.pretrained import load_model
+from entprog.modes import LossFn, fidelity, preserved, set_active
+from entprog.objective import OBJECTIVES
+from entprog.sample import sample
+from entprog.train import Trainer
+
+OnProgress = Callable[[dict[str, Any]], None]
+
+
+def environment() -> dict[str, Any]:
+    """Return what a result depends on besides its configuration: device, versions, commit."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    names = ("torch", "diffusers", "accelerate", "peft")
+    return {
+        "device": f"{device}, {torch.get_num_threads()} threads",
+        "versions": {n: version(n) for n in names} | {"python": platform.python_version()},
+        "commit": commit.stdout.strip() or "not a git checkout",
+    }
+
+
+def sample_clips(
+    config: RunConfig, model: nn.Module, clips: Data, on_step: Callable[[int], Any] | None = None
+) -> Tensor:
+    """Draw one video for each clip from its pose and reference, (N, 3, F, H, W) in [-1, 1]."""
+    device = next(model.parameters()).device
+    drawn = sample(
+        model,
+        OBJECTIVES[config.objective],
+        {k: clips[k].to(device) for k in ("pose", "reference")},
+        tuple(clips["video"].shape),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+        on_step=on_step,
+    )
+    return drawn.clamp(-1, 1).cpu()
+
+
+def frame_quality(drawn: Tensor, truth: Tensor) -> dict[str, Any]:
+    """SSIM and PSNR of videos (N, 3, F, H, W) in [-1, 1] against the truth: mean over clips with a 95 % interval."""
+    a, b = ((v.transpose(1, 2) + 1) / 2 for v in (drawn, truth))
+    result = {}
+    for name, metric in (("ssim", ssim), ("psnr", psnr)):
+        per_clip = metric(a, b).mean(1)
+        low, high = bootstrap_interval(per_clip)
+        result[name] = {"mean": per_clip.mean().item(), "interval": [low, high]}
+    return result
+
+
+def save_samples(folder: Path, drawn: Tensor, clips: Data, fps: float = 8) -> None:
+    """Write each clip as NNN_reference.png and NNN_{pose,truth,sample}.webp."""
+    from entprog.data.video import write_png, write_webp
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(len(drawn)):
+        write_png(folder / f"{i:03d}_reference.png", clips["reference"][i])
+        write_webp(folder / f"{i:03d}_pose.webp", clips["pose"][i], fps, low=0)
+        write_webp(folder / f"{i:03d}_truth.webp", clips["video"][i], fps)
+        write_webp(folder / f"{i:03d}_sample.webp", drawn[i], fps)
+
+
+def train_run(config: RunConfig, out: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
+    """Do one run from configuration to results: load, train (or resume), sample, measure. Returns results.json."""
+    finished = out / "results.json"
+    if finished.exists() and "metrics" in (done := json.loads(finished.read_text())):
+        return done
+    say = on_progress or (lambda info: None)
+    say({"message": "loading data"})
+    data, errors = load_data(config, "train")
+    held_out, more = load_data(config, "test")
+    trainer = Trainer(config, load_model(config.model, seed=config.seed), data, held_out, out, on_progress)
+    if errors or more:
+        (out / "data_errors.json").write_text(json.dumps(errors + more, indent=1) + "\n")
+    results = trainer.run()
+    clips = {k: v[: config.samples] for k, v in held_out.items()}
+    if config.samples and len(clips["video"]):
+        say({"message": "sampling"})
+        with trainer.ledger("sampling"):
+            drawn = sample_clips(config, trainer.model, clips)
+            save_samples(out / "samples", drawn, clips)
+        results["metrics"] = frame_quality(drawn, clips["video"])
+    return trainer.write_results(results | environment())
+
+
+def time_to(curve: Sequence[dict[str, float]], loss: float) -> float | None:
+    """Net seconds at which a held-out curve first reaches a loss, linear between measurements; None if never."""
+    for before, after in zip(curve[:-1], curve[1:], strict=True):
+        if after["loss"] <= loss:
+            share = (before["loss"] - loss) / max(before["loss"] - after["loss"], 1e-12)
+            return before["net_seconds"] + max(0.0, share) * (after["net_seconds"] - before["net_seconds"])
+    return None
+
+
+def with_speedups(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add to each run when it reached full training's final held-out loss, and how many times sooner.
+
+    Net counts scoring and search, gross does not. None where the loss was not reached or there is no `full`.
+    """
+    full = runs.get("full")
+    out = {}
+    for name, run in runs.items():
+        reached = time_to(run["curve"], full["curve"][-1]["loss"]) if full else None
+        extra: dict[str, Any] = {"time_to_full_loss": reached, "net_speedup": None, "gross_speedup": None}
+        if full and reached:
+            overhead = (run["scoring_share"] + run["search_share"]) * run["net_seconds"]
+            extra["net_speedup"] = full["net_seconds"] / reached
+            extra["gross_speedup"] = full["net_seconds"] / max(reached - overhead, 1e-9)
+        out[name] = run | extra
+    return out
+
+
+def compare(
+    configs: dict[str, RunConfig], out: Path, title: str, on_progress: OnProgress | None = None
+) -> dict[str, Any]:
+    """Train each named configuration into a sub-folder of `out` and write the comparison's results.json."""
+    runs = {}
+    for name, config in configs.items():
+
+        def tagged(info: dict[str, Any], name: str = name) -> None:
+            if on_progress:
+                on_progress(info | {"run": name})
+
+        runs[name] = train_run(config, out / name, tagged)
+    budget = next(iter(configs.values())).seconds
+    results = {"kind": "comparison", "title": title, "budget_seconds": budget} | environment()
+    results["strategies"] = with_speedups(runs)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+# -- what one step costs ---------------------------------------------------------------------------------------------
+
+
+def tiny_wan(dim: int = 256, layers: int = 12, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Build diffusers' Wan transformer, small, with random weights, 1,024 tokens: (model, batch for `wan_loss`)."""
+    from diffusers import WanTransformer3DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=dim // 64, attention_head_dim=64, in_channels=16, out_channels=16,
+            text_dim=128, freq_dim=256, ffn_dim=4 * dim, num_layers=layers, cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads", rope_max_seq_len=64,
+        )  # fmt: skip
+        video = torch.randn(1, 16, 4, 32, 32)
+        batch = {"video": video, "target": torch.randn_like(video), "text": torch.randn(1, 64, 128)}
+    return model, batch
+
+
+def wan_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean squared error of tiny_wan's prediction at one timestep."""
+    timestep = torch.tensor([500], device=batch["video"].device)
+    prediction = model(
+        hidden_states=batch["video"], encoder_hidden_states=batch["text"], timestep=timestep, return_dict=False
+    )[0]
+    return (prediction.float() - batch["target"]).square().mean()
+
+
+def _freeze(model: nn.Module, blocks: Sequence[Block], active: Sequence[int], mode: str) -> None:
+    """Train only some blocks; with all of them active, train everything."""
+    whole = len(active) == len(blocks)
+    for p in model.parameters():
+        p.requires_grad_(whole)
+    set_active(blocks, [blocks[i] for i in active], frozen=mode)
+
+
+def step_cost(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    name: str,
+    description: str,
+    cases: Sequence[tuple[str, Sequence[int], str]],
+    rounds: int = 5,
+    timed: bool = True,
+) -> dict[str, Any]:
+    """Measure one training step (forward, backward, AdamW) in several modes as ratios to full training.
+
+    `cases`: (label, indices of the trainable blocks, mode of the others). time_ratio is the median over rounds of the
+    ratio within the round, each round timing every case once; bytes_ratio compares what autograd holds for backward,
+    without weights; fidelity is the cosine of the trainable blocks' gradients to the exact ones.
+    """
+    blocks = find_blocks(model, record_example(model, lambda: loss_fn(model, batch)))
+    everything = ("full", tuple(range(len(blocks))), "pass")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+    def step() -> None:
+        loss_fn(model, batch).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    rows: list[dict[str, Any]] = []
+    times: list[list[float]] = []
+    with preserved(model, blocks):
+        for label, active, mode in (everything, *cases):
+            _freeze(model, blocks, active, mode)
+            with saved_bytes(ignore=list(model.parameters())) as held:
+                loss = loss_fn(model, batch).mean()
+                kept = held()
+            del loss
+            flops = count_flops(lambda: loss_fn(model, batch).mean().backward())
+            optimizer.zero_grad(set_to_none=True)
+            row = {"case": label, "active": list(active), "mode": mode, "flops": flops, "bytes": kept}
+            rows.append(row | {"fidelity": _cosine(model, blocks, loss_fn, batch, active, mode)})
+        for _ in range(rounds if timed else 0):
+            times.append([])
+            for _, active, mode in (everything, *cases):
+                _freeze(model, blocks, active, mode)
+                step()  # the first step after a switch does not count
+                begun = now()
+                step()
+                times[-1].append(now() - begun)
+    for i, row in enumerate(rows):
+        row["flops_ratio"] = row["flops"] / rows[0]["flops"]
+        row["bytes_ratio"] = row["bytes"] / rows[0]["bytes"]
+        row["time_ratio"] = median(t[i] / t[0] for t in times) if times else None
+    return {"model": name, "description": description, "rounds": rounds if timed else 0, "rows": rows}
+
+
+def _cosine(
+    model: nn.Module, blocks: Sequence[Block], loss_fn: LossFn, batch: Any, active: Sequence[int], mode: str
+) -> float | None:
+    if mode != "bypass":
+        return 1.0 if mode in ("pass", "prefix") else None
+    trained = [blocks[i] for i in active]
+    bypassed = [b for b in blocks if b not in trained]
+    return fidelity(model, blocks, lambda m, b: loss_fn(m, b).mean(), batch, trained, bypassed)["cosine"]
+
+
+def wan_step_cost(dim: int = 256, rounds: int = 5, timed: bool = True) -> dict[str, Any]:
+    """Step cost of the tiny Wan transformer: 12 blocks, 1,024 tokens, blocks 1, 5 and 9 trainable."""
+    model, batch = tiny_wan(dim)
+    cases = [("3 of 12, bypass", (1, 5, 9), "bypass"), ("3 of 12, pass", (1, 5, 9), "pass")]
+    cases.append(("last 3 of 12, prefix", (9, 10, 11), "prefix"))
+    about = f"diffusers WanTransformer3DModel, {dim} wide, 12 blocks, 1,024 tokens, random weights"
+    return step_cost(
+        model, wan_loss, batch, name="Wan-shaped", description=about, cases=cases, rounds=rounds, timed=timed
+    )
+
+
+def write_step_cost(out: Path, models: Sequence[dict[str, Any]]) -> None:
+    """Write measured step costs as step_cost.json of a folder."""
+    (out / "step_cost.json").write_text(json.dumps(environment() | {"models": list(models)}, indent=1) + "\n")
+
+
+def pose_dit_step_cost(config: RunConfig, ranking: Sequence[str], rounds: int = 5) -> dict[str, Any]:
+    """Step cost of the model that is trained here, the best 3, 6 blocks of a ranking trainable, the others bypassed."""
+    from entprog.data.batches import batch_at
+    from entprog.models.pretrained import loss_fn
+
+    model = load_model(config.model, seed=config.seed)
+    data, _ = load_data(replace(config, clips=config.batch_size), "train")
+    batch = batch_at(data, 0, batch_size=config.batch_size, seed=0)
+    index = {b.name: b.index for b in find_blocks(model)}
+    order = [index[n] for n in ranking]
+    cases = [(f"best {m} of {len(order)}, {mode}", tuple(sorted(order[:m])), mode) for m in (3, 6) for mode in
+             ("bypass", "pass")]  # fmt: skip
+    about = f"PoseDiT, {len(order)} blocks, batch of {config.batch_size}, {config.frames} frames of {config.size} px"
+    function = loss_fn(OBJECTIVES[config.objective])
+    return step_cost(model, function, batch, name="PoseDiT-T", description=about, cases=cases, rounds=rounds)

@@ -1,0 +1,78 @@
+"""What survives a crash: the event log with its decisions, and checkpoints that are whole or not there.
+
+A decision is a value that came from a clock. It is written before it is used; a resumed run finds it and uses it again,
+so it takes the same steps. Weights and moments are safetensors, everything else JSON.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class RunLog:
+    """The run folder's events.jsonl: one JSON object a line, on disk when `append` returns."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "events.jsonl"
+        self.count = 0
+        self.decisions: dict[str, Any] = {}
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one event."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.count += 1
+
+    def decide(self, key: str, compute: Callable[[], Any], step: int) -> Any:
+        """Return the recorded decision, or compute and record it."""
+        if key not in self.decisions:
+            self.decisions[key] = compute()
+            self.append({"event": "decision", "step": step, "key": key, "value": self.decisions[key]})
+        return self.decisions[key]
+
+    def rewind(self, keep: int) -> None:
+        """Go back to the first `keep` events and all decisions: a resumed run writes the other events again.
+
+        A last line that a crash cut short is dropped.
+        """
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        events = [json.loads(line) for line in lines if line.endswith("}")]
+        self.decisions = {e["key"]: e["value"] for e in events if e["event"] == "decision"}
+        kept = events[:keep] + [e for e in events[keep:] if e["event"] == "decision"]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(e) + "\n" for e in kept))
+        os.replace(partial, self.path)
+        self.count = len(kept)
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write checkpoints/STEP beside the last one, move it into place whole, then delete the older."""
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial / "state.safetensors")
+    (partial / "state.json").write_text(json.dumps(state))
+    target = folder / f"{step:08d}"
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    for old in folder.glob("[0-9]*"):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Read the last checkpoint, (state, tensors), or None if there is none."""
+    found = sorted(folder.glob("[0-9]*"))
+    if not found:
+        return None
+    state = json.loads((found[-1] / "state.json").read_text())
+    return state, load_file(found[-1] / "state.safetensors", device=device)

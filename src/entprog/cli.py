@@ -1,0 +1,238 @@
+"""The command line: entprog demo | score | train | sample | report.
+
+Exit codes: 0 done, 1 failed, 2 bad input.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from entprog.config import load_config, make_config
+
+console = Console()
+
+
+@contextmanager
+def progress_bar() -> Iterator[Any]:
+    """Yield a function that shows a run's progress: run, stage, active blocks, loss, memory, time left."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(info: dict[str, Any]) -> None:
+            name = info.get("run", "run")
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=1.0, note="")
+            if "message" in info:
+                bar.update(tasks[name], note=info["message"])
+                return
+            note = (
+                f"step {info['step']}  stage {info['stage']}  {info['active']}/{info['blocks']} blocks  "
+                f"loss {info['loss']:.4f}  {info['bytes'] / 2**20:.0f} MiB"
+            )
+            bar.update(tasks[name], completed=info["progress"], note=note)
+
+        yield show
+        for task in tasks.values():
+            bar.update(task, completed=1.0)
+
+
+def _results_table(runs: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="equal net time, held-out clips")
+    for column in ("strategy", "net s", "steps", "held-out loss", "SSIM", "PSNR", "peak MiB", "scoring", "search",
+                   "full's loss after", "net speed-up"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "strategy" else "right")
+    for name, run in runs.items():
+        held, quality = run["held_out"], run["metrics"]
+        half = (held["interval"][1] - held["interval"][0]) / 2
+        reached, faster = run.get("time_to_full_loss"), run.get("net_speedup")
+        table.add_row(
+            name,
+            f"{run['net_seconds']:.1f}",
+            str(run["steps"]),
+            f"{held['loss']:.4f} ± {half:.4f}",
+            *(f"{quality[m]['mean']:.3f}" if m in quality else "-" for m in ("ssim", "psnr")),
+            f"{run['peak_bytes'] / 2**20:.0f}",
+            f"{run['scoring_share']:.1%}",
+            f"{run['search_share']:.1%}",
+            f"{reached:.0f} s" if reached else "not reached",
+            f"{faster:.2f}x" if faster else "-",
+        )
+    return table
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from entprog.bench import compare, pose_dit_step_cost, wan_step_cost, write_step_cost
+    from entprog.config import demo
+    from entprog.report import write_report
+
+    out = Path(args.out)
+    configs = {name: demo(name, args.seconds, args.seed) for name in ("full", "lora", "ent-prog")}
+    with progress_bar() as show:
+        results = compare(configs, out, "entprog demo: moving figures, new clothes, pose control", show)
+        show({"run": "step cost", "message": "measuring one training step, here and Wan-shaped"})
+        if not (out / "step_cost.json").exists():
+            ranking = _last_ranking(out / "ent-prog")
+            write_step_cost(out, [pose_dit_step_cost(configs["full"], ranking, 3), wan_step_cost(256, rounds=3)])
+    console.print(_results_table(results["strategies"]))
+    console.print(f"report: {write_report(out)}")
+
+
+def _last_ranking(run: Path) -> list[str]:
+    from entprog.cei import Scores
+
+    return Scores.load(sorted((run / "scores").glob("*.json"))[-1]).ranking
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        console.print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
+        return
+    from entprog.bench import train_run
+    from entprog.report import write_report
+
+    out = Path(args.out)
+    with progress_bar() as show:
+        results = train_run(config, out, lambda info: show(info | {"run": config.strategy}))
+    console.print(_results_table({config.strategy: results}))
+    if (out / "data_errors.json").exists():
+        console.print(f"[yellow]some clips could not be read: see {out / 'data_errors.json'}")
+    console.print(f"model: {out / 'checkpoints' / 'final'}\nreport: {write_report(out)}")
+
+
+def _score(args: argparse.Namespace) -> None:
+    from entprog.blocks import find_blocks, record_example
+    from entprog.data.batches import fixed_batches, load_data
+    from entprog.models.pretrained import load_model, loss_fn, predict_fn
+    from entprog.objective import OBJECTIVES
+    from entprog.priority import score
+
+    if args.config:
+        config = load_config(args.config, args.overrides)
+    else:
+        config = make_config(
+            {"steps": 1} | {k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in args.overrides)}
+        )
+    model = load_model(config.model, seed=config.seed)
+    data, _ = load_data(replace(config, clips=args.samples), "train")
+    batches = fixed_batches(data, batch_size=config.batch_size)
+    objective = OBJECTIVES[config.objective]
+    predict, loss = predict_fn(objective), loss_fn(objective)
+    blocks = find_blocks(model, record_example(model, lambda: predict(model, batches[0])))
+    with console.status(f"scoring {len(blocks)} blocks on {len(data['video'])} clips"):
+        scores = score(model, blocks, predict, batches, args.priority, loss_fn=lambda m, b: loss(m, b).mean(),
+                       t=lambda batch: batch["t"])  # fmt: skip
+    table = Table(title=f"{scores.priority}, {scores.samples} samples, {scores.share_negative:.0%} negative")
+    for column in ("rank", "block", "score", "95 % interval"):
+        table.add_column(column, justify="right")
+    for rank, name in enumerate(scores.ranking, 1):
+        low, high = scores.intervals[name]
+        table.add_row(str(rank), name, f"{scores.values[name]:.4g}", f"{low:.4g} .. {high:.4g}")
+    console.print(table)
+    if args.out:
+        scores.save(args.out)
+        console.print(f"scores: {args.out}")
+
+
+def _sample(args: argparse.Namespace) -> None:
+    import torch
+
+    from entprog.bench import frame_quality, sample_clips
+    from entprog.data.batches import load_data
+    from entprog.data.video import write_mp4
+    from entprog.models.pretrained import load_model
+
+    run = Path(args.run)
+    if not (run / "checkpoints" / "final").exists():
+        raise ValueError(f"{run} holds no finished model (checkpoints/final): run entprog train with --out {run} first")
+    config = load_config(run / "config.yaml", args.overrides)
+    model = load_model(str(run / "checkpoints" / "final"))
+    clips, _ = load_data(config, "test")
+    clips = {k: v[: args.clips] for k, v in clips.items()}
+    with console.status(f"sampling {len(clips['video'])} clips, {config.num_inference_steps} steps each"):
+        drawn = sample_clips(config, model, clips)
+    still = clips["reference"][:, :, None].expand_as(drawn)
+    columns = torch.cat((still, clips["pose"] * 2 - 1, clips["video"], drawn), dim=-1)  # side by side
+    wall = torch.cat(list(columns), dim=-2)  # clips below each other
+    out = Path(args.out or run / "samples.mp4")
+    write_mp4(out, wall, args.fps, upscale=max(1, 128 // config.size))
+    quality = frame_quality(drawn, clips["video"])
+    console.print(f"{out}: reference, pose, truth, sample; SSIM {quality['ssim']['mean']:.3f}, "
+                  f"PSNR {quality['psnr']['mean']:.2f} dB")  # fmt: skip
+
+
+def _report(args: argparse.Namespace) -> None:
+    from entprog.report import write_report
+
+    console.print(f"report: {write_report(Path(args.run))}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="entprog", description="Train the blocks of a video diffusion model that matter."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="train full, lora and ent-prog on drawn figures and write a report")
+    demo.add_argument("--out", default="runs/demo", help="run folder (default: %(default)s)")
+    demo.add_argument("--seconds", type=float, default=60.0, help="net seconds per strategy (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(function=_demo)
+    train = commands.add_parser("train", help="train one configuration; the same command resumes")
+    train.add_argument("config", help="YAML file of RunConfig fields")
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("--out", required=True, help="run folder")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    train.set_defaults(function=_train)
+    score = commands.add_parser("score", help="rank a model's blocks")
+    score.add_argument("config", nargs="?", help="YAML file (default: the embedded base on drawn figures)")
+    score.add_argument("overrides", nargs="*", metavar="key=value")
+    score.add_argument("--priority", default="cei", help="a row of PRIORITIES (default: %(default)s)")
+    score.add_argument("--samples", type=int, default=64, help="drawn clips to score on (default: %(default)s)")
+    score.add_argument("--out", help="write the scores as JSON")
+    score.set_defaults(function=_score)
+    sample = commands.add_parser("sample", help="draw a trained run's held-out clips into an mp4")
+    sample.add_argument("run", help="run folder")
+    sample.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data=DIR num_inference_steps=50")
+    sample.add_argument("--clips", type=int, default=4)
+    sample.add_argument("--fps", type=float, default=8.0)
+    sample.add_argument("--out", help="mp4 file (default: RUN/samples.mp4)")
+    sample.set_defaults(function=_sample)
+    report = commands.add_parser("report", help="write a run folder's report.html again")
+    report.add_argument("run", help="run folder")
+    report.set_defaults(function=_report)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub; a lookup would only wait for a time-out
+    args = _parser().parse_args(argv)
+    if args.command == "score" and args.config and "=" in args.config:
+        args.config, args.overrides = None, [args.config, *args.overrides]
+    try:
+        args.function(args)
+    except (ValueError, FileNotFoundError) as error:
+        console.print(f"[red]entprog {args.command}: {error}", style=None, markup=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""A run's configuration: one dataclass, presets as functions, YAML in and out, key=value on the command line."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from entprog.strategy import STRATEGIES, Progressive
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class RunConfig:
+    """Everything a training run depends on; the resolved one is saved as config.yaml of the run folder.
+
+    The budget is `seconds` of net time (training, scoring, search and data, by the `clock`) or `steps`.
+    """
+
+    # what is trained
+    strategy: str = "ent-prog"  # a row of STRATEGIES
+    model: str = "base"  # "base": the embedded PoseDiT-T; "T", "S", "B", "XL": random weights; else a saved folder
+    objective: Literal["epsilon", "v_prediction", "flow_prediction"] = "flow_prediction"
+    # one word each for the ablations; None keeps the strategy's own
+    priority: str | None = None
+    schedule: str | None = None
+    search: str | None = None
+    stages: int | None = None
+    num_active: float | None = None
+    frozen: str | None = None
+    min_fidelity: float | None = None
+    skip: float | None = None
+    restore_at: float | None = None
+    stem: str | None = None
+    rescore: str | None = None
+    search_budget: float | None = None
+    score_budget: float | None = None
+    lora_rank: int = 8
+    # on what
+    data: str = "figures"  # "figures": drawn; else a folder with a manifest.jsonl
+    domain: str = "target"  # of the drawn figures
+    clips: int = 1024  # drawn for training
+    held_out_clips: int = 32
+    size: int = 24
+    frames: int = 6
+    frame_stride: int = 1  # of real clips
+    # how
+    seconds: float | None = None
+    steps: int | None = None
+    clock: Literal["wall", "model"] = "wall"
+    batch_size: int = 4
+    lr: float = 1e-3
+    lr_warmup: float = 0.02  # share of the run
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    condition_dropout: float = 0.1
+    ema_decay: float = 0.0  # 0: no average is kept
+    mixed_precision: Literal["no", "bf16"] = "no"
+    seed: int = 0
+    # what comes out
+    evaluations: int = 10  # held-out losses along the way
+    checkpoint_every: int = 200  # steps
+    samples: int = 8
+    num_inference_steps: int = 12
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy {self.strategy!r} is unknown: choose one of {sorted(STRATEGIES)}")
+        if (self.seconds is None) == (self.steps is None):
+            raise ValueError(
+                f"give the budget either as seconds ({self.seconds}) or as steps ({self.steps}): exactly one"
+            )
+
+    def progressive(self) -> Progressive | None:
+        """Return the strategy's setting with this run's one-word changes, None for strategies without one."""
+        base = STRATEGIES[self.strategy]()
+        if base is None:
+            return None
+        names = {f.name for f in fields(Progressive)} & {f.name for f in fields(type(self))}
+        return replace(base, **{n: getattr(self, n) for n in names if getattr(self, n) is not None})
+
+    def save(self, path: Path) -> None:
+        """Write the configuration as YAML."""
+        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+
+
+def make_config(values: dict[str, Any]) -> RunConfig:
+    """Check values and make a configuration of them. ValueError with every wrong value and the valid choices."""
+    known = [f.name for f in fields(RunConfig)]
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"configuration keys {unknown} are unknown: choose from {known}")
+    try:
+        config = TypeAdapter(RunConfig).validate_python(values)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or 'configuration'} = {e.get('input')!r}: {e['msg']}"
+            for e in error.errors()
+        ]
+        raise ValueError("the configuration is not valid: " + "; ".join(lines)) from None
+    config.progressive()
+    return config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `key=value` overrides, the value in YAML (so 1e-3 must be written 1.0e-3 or 0.001)."""
+    values = yaml.safe_load(Path(path).read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not a mapping of configuration keys to values")
+    for item in overrides:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"override {item!r} is not of the form key=value")
+        values[key] = yaml.safe_load(value)
+    if "seconds" in {o.partition("=")[0] for o in overrides} and not any(o.startswith("steps=") for o in overrides):
+        values.pop("steps", None)
+    if "steps" in {o.partition("=")[0] for o in overrides} and not any(o.startswith("seconds=") for o in overrides):
+        values.pop("seconds", None)
+    return make_config(values)
+
+
+def demo(strategy: str, seconds: float, seed: int = 0) -> RunConfig:
+    """Preset: the figures' target domain on the embedded base, `seconds` of net time."""
+    return RunConfig(strategy=strategy, seconds=seconds, seed=seed)

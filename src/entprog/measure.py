@@ -1,0 +1,193 @@
+"""Time, memory and arithmetic: the ledger, training bytes and FLOPs.
+
+Seconds are wall-clock and synchronised. Bytes are what training holds: weights, gradients, optimizer state and what
+autograd keeps for backward; on CUDA the allocator's own peak. FLOPs count multiply-adds as two.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from entprog.blocks import Block, evaluating, forked_rng
+from entprog.modes import running
+
+# What the ledger tells apart; the first four are a training run's net time.
+NET = ("training", "scoring", "search", "data")
+KINDS = (*NET, "held_out", "checkpoint", "sampling")
+MODEL_CLOCK_FLOPS = 1e10  # FLOPs that `clock: model` takes for one second
+
+
+def now() -> float:
+    """Return the wall-clock seconds after everything queued on the GPU has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@dataclass
+class Ledger:
+    """Where a run's wall-clock seconds went; kinds nest, and the inner one is charged.
+
+    The kinds and `other` add up to the wall time since the ledger was made, plus what a resumed run had spent.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    earlier: float = 0.0  # wall seconds of the run's earlier lives, up to the checkpoint it resumed from
+    started: float = field(default_factory=now)
+    _open: list[tuple[str, float]] = field(default_factory=list, repr=False)
+
+    @contextmanager
+    def __call__(self, kind: str) -> Iterator[None]:
+        """Charge the time inside to `kind`; an enclosing kind is not charged meanwhile."""
+        if kind not in self.seconds:
+            raise ValueError(f"the ledger has no kind {kind!r}: choose one of {KINDS}")
+        self._settle()
+        self._open.append((kind, now()))
+        try:
+            yield
+        finally:
+            self._settle()
+            self._open.pop()
+
+    def _settle(self) -> None:
+        """Charge the innermost open kind up to now."""
+        if self._open:
+            kind, since = self._open[-1]
+            at = now()
+            self.seconds[kind] += at - since
+        self._open = [(kind, now()) for kind, _ in self._open]
+
+    def net(self) -> float:
+        """Return the seconds that count when strategies are compared: training, scoring, search and data."""
+        self._settle()
+        return sum(self.seconds[k] for k in NET)
+
+    def wall(self) -> float:
+        """Return the wall seconds of all the run's lives."""
+        return self.earlier + now() - self.started
+
+    def summary(self) -> dict[str, Any]:
+        """Return {"seconds": per kind with "other", "wall": their sum}."""
+        self._settle()
+        wall = self.wall()
+        known = sum(self.seconds.values())
+        return {"seconds": self.seconds | {"other": max(0.0, wall - known)}, "wall": wall}
+
+
+class _Held:
+    """A saved tensor, wrapped so that its life can be watched: autograd holds the wrapper as long as the tensor."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+@contextmanager
+def saved_bytes(ignore: Sequence[Tensor] = ()) -> Iterator[Callable[[], int]]:
+    """Count the bytes autograd holds for backward; call the yielded function at the end of the forward pass.
+
+    Storages are counted once, and those of `ignore` (parameters, inputs) not at all. Only what is still alive counts,
+    so activation checkpointing shows.
+    """
+    held: weakref.WeakSet[_Held] = weakref.WeakSet()
+    ignored = {t.untyped_storage().data_ptr() for t in ignore}
+
+    def pack(tensor: Tensor) -> _Held:
+        wrapper = _Held(tensor)
+        held.add(wrapper)
+        return wrapper
+
+    def total() -> int:
+        storages = {h.tensor.untyped_storage().data_ptr(): h.tensor.untyped_storage().nbytes() for h in held}
+        return sum(size for pointer, size in storages.items() if pointer not in ignored)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda wrapper: wrapper.tensor):
+        yield total
+
+
+def tensor_bytes(tensors: Any) -> int:
+    """Sum the bytes of an iterable of tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, activations: int) -> int:
+    """Bytes one training step holds: weights, gradients and optimizer state of what trains, and `activations`.
+
+    On CUDA the allocator's peak since the last reset instead. State that the optimizer has not made yet is counted as
+    the two moments it will make.
+    """
+    if torch.cuda.is_available() and next(model.parameters()).is_cuda:
+        return torch.cuda.max_memory_allocated()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = {p: optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]}
+    made = tensor_bytes(v for s in state.values() if s for v in s.values() if isinstance(v, Tensor) and v.ndim)
+    to_come = 2 * tensor_bytes(p for p in trained if not state.get(p))
+    return tensor_bytes(model.parameters()) + tensor_bytes(trained) + made + to_come + activations
+
+
+def count_flops(function: Callable[[], Any]) -> int:
+    """Run a function and return the FLOPs of its matrix products, attention and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """FLOPs of one training step for any set of modes, from one counted forward pass.
+
+    forward F_b of each block and F_rest of everything else; a training step costs, where linear layers dominate,
+
+        2 F_rest + sum over blocks of  F_b * {train: 3, pass: 2, prefix: 1, bypass: 1, skip: 0} + F_rest
+
+    `pass` blocks in front of everything trainable cost 1, as `prefix`.
+    """
+
+    blocks: dict[str, int]
+    rest: int
+
+    @classmethod
+    def measure(cls, model: nn.Module, blocks: Sequence[Block], forward: Callable[[], Any]) -> "StepCost":
+        """Count one forward pass in eval mode, block by block."""
+        spent = dict.fromkeys((b.name for b in blocks), 0)
+        counter = FlopCounterMode(display=False)
+        entered: dict[str, int] = {}
+        handles = []
+        for block in blocks:
+
+            def before(module: Any, args: Any, name: str = block.name) -> None:
+                entered[name] = counter.get_total_flops()
+
+            def after(module: Any, args: Any, output: Any, name: str = block.name) -> None:
+                spent[name] += counter.get_total_flops() - entered[name]
+
+            handles += [block.module.register_forward_pre_hook(before), block.module.register_forward_hook(after)]
+        try:
+            with evaluating(model), running(blocks, "train"), forked_rng(0), counter:
+                forward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return cls(spent, counter.get_total_flops() - sum(spent.values()))
+
+    def step(self, modes: Mapping[str, str], upstream_trains: bool = True) -> int:
+        """Return the FLOPs of a step with each block in a mode; `upstream_trains`: something before block 0 trains."""
+        total, reached = 3 * self.rest, upstream_trains
+        for name, flops in self.blocks.items():
+            mode = modes.get(name, "train")
+            reached = reached or mode == "train"
+            passes = 2 if reached else 1
+            total += flops * {"train": 3, "pass": passes, "prefix": passes, "bypass": 1, "skip": 0}[mode]
+        return total
+
+    def seconds(self, modes: Mapping[str, str], upstream_trains: bool = True) -> float:
+        """Return what `clock: model` takes for the step's time."""
+        return self.step(modes, upstream_trains) / MODEL_CLOCK_FLOPS

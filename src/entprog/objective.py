@@ -1,0 +1,81 @@
+"""What the network is trained to predict: noise, target, loss, and the way back to the clean video.
+
+t is in [0, 1] and t = 1 is noise. x_t = alpha(t) x0 + sigma(t) noise, and every conversion goes through the pair
+(x0, noise), so one line per objective holds its whole definition:
+
+    objective          alpha, sigma              target
+    epsilon            cos(pi t/2), sin(pi t/2)  noise
+    v_prediction       cos(pi t/2), sin(pi t/2)  alpha noise - sigma x0
+    flow_prediction    1 - t, t                  noise - x0
+
+An objective knows nothing of blocks, models or optimizers. Letters: B samples, t is (B,), x (B, C, F, H, W).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Path = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def variance_preserving(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (alpha, sigma) of the cosine path, alpha^2 + sigma^2 = 1."""
+    return torch.cos(0.5 * math.pi * t), torch.sin(0.5 * math.pi * t)
+
+
+def straight(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (alpha, sigma) of the straight path of flow matching, alpha + sigma = 1."""
+    return 1 - t, t
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A path from video to noise and the linear combination of both ends that the network predicts.
+
+    `target` maps (alpha, sigma) to (p, q) of target = p x0 + q noise.
+    """
+
+    name: str
+    path: Path
+    combination: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+    def _coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if t.shape != like.shape[:1]:
+            raise ValueError(f"t must have shape ({like.shape[0]},), one time per sample, and has {tuple(t.shape)}")
+        alpha, sigma = self.path(t)
+        p, q = self.combination(alpha, sigma)
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        return alpha.view(shape), sigma.view(shape), p.view(shape), q.view(shape)
+
+    def noisy(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return x_t = alpha x0 + sigma noise."""
+        alpha, sigma, _, _ = self._coefficients(t, x0)
+        return alpha * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return what the network should predict from x_t."""
+        _, _, p, q = self._coefficients(t, x0)
+        return p * x0 + q * noise
+
+    def ends(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the (x0, noise) that x_t and a prediction of the target imply.
+
+        Solves x_t = alpha x0 + sigma noise, prediction = p x0 + q noise. For `epsilon` at t = 1 nothing is left of x0
+        and the determinant is clamped at 1e-3.
+        """
+        alpha, sigma, p, q = self._coefficients(t, x_t)
+        determinant = alpha * q - sigma * p
+        determinant = torch.where(determinant.abs() < 1e-3, torch.full_like(determinant, 1e-3), determinant)
+        x0 = (q * x_t - sigma * prediction) / determinant
+        noise = (alpha * prediction - p * x_t) / determinant
+        return x0, noise
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "epsilon": Objective("epsilon", variance_preserving, lambda alpha, sigma: (0 * alpha, 1 + 0 * sigma)),
+    "v_prediction": Objective("v_prediction", variance_preserving, lambda alpha, sigma: (-sigma, alpha)),
+    "flow_prediction": Objective("flow_prediction", straight, lambda alpha, sigma: (0 * alpha - 1, 0 * sigma + 1)),
+}

@@ -1,0 +1,454 @@
+"""EntProg: carry a Progressive setting out inside any training loop.
+
+It ranks the blocks, searches how many pay, freezes, unfreezes and sets modes when due. Inside a search it is the
+supernet's Trial: it trains on the caller's batches with the caller's loss and optimizer.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entprog.blocks import Block, evaluating, find_blocks, forked_rng, output_head, record_example
+from entprog.cei import Scores, Stop
+from entprog.measure import Ledger, StepCost, now, saved_bytes, training_bytes
+from entprog.modes import LossFn, Predict, choose_bypass, choose_skips, running, set_active
+from entprog.priority import score
+from entprog.schedule import SCHEDULES, Candidate, at_least_one
+from entprog.strategy import Progressive, ent_prog
+from entprog.supernet import SEARCHES, Snapshot
+
+Decide = Callable[[str, Callable[[], Any]], Any]
+
+
+@dataclass
+class _Roles:
+    """The parameters outside blocks: `always` train throughout, `stem` when the trainable set reaches block 0."""
+
+    always: list[nn.Parameter]
+    stem: list[nn.Parameter]
+
+
+def _first_tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    for value in output.values() if isinstance(output, Mapping) else output:
+        if isinstance(value, Tensor):
+            return value
+    raise ValueError(
+        f"the model's output {type(output).__name__} holds no tensor: pass predict(model, batch) -> tensor"
+    )
+
+
+def held_out_losses(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> Tensor:
+    """Return the losses of fixed batches, (n,): eval mode, the i-th batch's noise from seed i."""
+    values = []
+    with evaluating(model):
+        for i, batch in enumerate(batches):
+            with forked_rng(i):
+                values.append(loss_fn(model, batch).detach().float().reshape(-1).cpu())
+    return torch.cat(values)
+
+
+class EntProg:
+    """Carry a Progressive setting out in somebody's training loop.
+
+        prog = EntProg(model, loss_fn, held_out=batch, train_batches=lambda: iter(loader), total_steps=20_000)
+        for step, batch in enumerate(loader):
+            prog.step(step, optimizer)
+            loss_fn(model, batch).backward(); optimizer.step(); optimizer.zero_grad(set_to_none=True)
+
+    loss_fn(model, batch): scalar or per-sample (B,) loss. held_out: a batch or list of batches; evaluated with fixed
+    noise, one loss per batch or sample. train_batches: callable that yields the batches that scoring and searching
+    may use. predict: raw prediction (B, ...), by default the first tensor of the forward that loss_fn makes. backward:
+    backward(loss), with scaler and clipping. always: names of modules or parameters made for this task. t(batch) ->
+    (B,) times for per-tau scores. ledger: charged with scoring and search. decide(key, compute): returns compute(),
+    or what was recorded under the key before a resume; every decision that depends on a clock goes through it.
+
+    Build it before any wrapper (DDP, torch.compile). It never touches `param_groups`; outside blocks it never enables
+    a parameter that was frozen when it was built.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        *,
+        held_out: Any,
+        train_batches: Callable[[], Iterable[Any]],
+        total_steps: int,
+        predict: Predict | None = None,
+        backward: Callable[[Tensor], Any] | None = None,
+        always: Sequence[str] = (),
+        strategy: Progressive | None = None,
+        blocks: Sequence[Block] | None = None,
+        t: Callable[[Any], Tensor] | None = None,
+        clock: str = "wall",
+        seconds: float | None = None,
+        ledger: Ledger | None = None,
+        decide: Decide | None = None,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        after_step: Callable[[], None] | None = None,
+    ) -> None:
+        if clock not in ("wall", "model"):
+            raise ValueError(f"clock {clock!r} is unknown: choose 'wall' or 'model'")
+        if type(model).__name__ in ("DistributedDataParallel", "OptimizedModule"):
+            raise ValueError(
+                f"EntProg was given a model wrapped by {type(model).__name__}: build it on the bare model first, then "
+                "wrap (torch.compile: compile each block with block.module.compile())"
+            )
+        self.settings = strategy or ent_prog()
+        self.model, self.total_steps, self.clock, self.seconds = model, total_steps, clock, seconds
+        self.held_out = list(held_out) if isinstance(held_out, list | tuple) else [held_out]
+        self.train_batches, self._loss_fn, self._t = train_batches, loss_fn, t
+        self._backward = backward or (lambda loss: loss.backward())
+        self._after_step = after_step or (lambda: None)
+        self._predict = predict or self._predict_by_loss
+        self.ledger = ledger or Ledger()
+        self._on_event = on_event or (lambda event: None)
+        self.decisions: dict[str, Any] = {}
+        self._decide_outside = decide
+        self.events: list[dict[str, Any]] = []
+        self.blocks = list(blocks) if blocks is not None else find_blocks(model, record_example(model, self._try))
+        self.roles = self._sort_parameters(always)
+        self.scores: Scores | None = None
+        self.skip_order: list[str] = []
+        self.candidate: Candidate | None = None
+        self.modes: dict[str, str] = {}
+        self.stage = -1
+        self.last_step = -1
+        self.search_steps = 0  # batches of the stream that searches have trained on
+        self.peak_bytes = 0  # of searching and measuring fidelity
+        self._cost: StepCost | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    # -- what the loop gave us -----------------------------------------------------------------------------------------
+
+    def _loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the mean loss; whatever needs gradients in here counts towards the run's peak memory."""
+        if not torch.is_grad_enabled():
+            return self._loss_fn(model, batch).mean()
+        with saved_bytes(ignore=list(model.parameters())) as held:
+            loss = self._loss_fn(model, batch).mean()
+            if self._optimizer is not None:
+                self.peak_bytes = max(self.peak_bytes, training_bytes(model, self._optimizer, held()))
+        return loss
+
+    def _try(self) -> None:
+        self._loss_fn(self.model, self.held_out[0])
+
+    def _predict_by_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the first tensor of the forward pass that loss_fn makes."""
+        seen: list[Any] = []
+        handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            self._loss_fn(model, batch)
+        finally:
+            handle.remove()
+        return _first_tensor(seen[0])
+
+    def _sort_parameters(self, always: Sequence[str]) -> _Roles:
+        """Split what is outside blocks: named modules and the output head train always, the rest is stem.
+
+        The head is what first runs after the last block has run.
+        """
+        named = dict(self.model.named_parameters())
+        modules = dict(self.model.named_modules())
+        if unknown := [a for a in always if a not in named and a not in modules]:
+            raise ValueError(f"always names {unknown}, which the model lacks: its parts are {list(modules)[1:30]} ...")
+        inside = {id(p) for b in self.blocks for p in b.module.parameters()}
+        chosen = {id(named[a]) for a in always if a in named}
+        chosen |= {id(p) for a in always if a in modules for p in modules[a].parameters()}
+        chosen |= {id(p) for m in output_head(self.model, self.blocks, self._try) for p in m.parameters()}
+        outside = [p for p in named.values() if p.requires_grad and id(p) not in inside]
+        return _Roles([p for p in outside if id(p) in chosen], [p for p in outside if id(p) not in chosen])
+
+    # -- the loop's one call -----------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the blocks that train now, in execution order."""
+        return [name for name, mode in self.modes.items() if mode == "train"]
+
+    def step(self, step: int, optimizer: torch.optim.Optimizer, progress: float | None = None) -> None:
+        """Bring the model into the state this optimizer step needs; call it before the forward pass.
+
+        Repeating it with the same step changes nothing. `progress` in [0, 1) replaces step / total_steps where a run
+        is measured in seconds. RuntimeError if gradients are pending when the trainable set has to change.
+        """
+        if step == self.last_step:
+            return
+        if progress is None:
+            progress = min(step / self.total_steps, 1 - 1e-9)
+        self._optimizer, self.last_step = optimizer, step
+        stage = min(int(progress * self.settings.stages + 1e-9), self.settings.stages - 1)
+        if stage != self.stage:
+            self._check_no_gradients()
+            self._begin_stage(stage, progress)
+        if self.candidate and self.candidate.skipped and progress >= self.settings.restore_at:
+            self._check_no_gradients()
+            self._enter(Candidate(self.candidate.active), progress, reason="restored")
+
+    def boundaries(self) -> list[float]:
+        """Return the progress marks at which the state changes, for loops that plan in seconds."""
+        marks = [k / self.settings.stages for k in range(self.settings.stages)]
+        return sorted({*marks, self.settings.restore_at} if self.settings.skip else set(marks))
+
+    def _check_no_gradients(self) -> None:
+        if any(p.grad is not None for p in self.model.parameters()):
+            raise RuntimeError(
+                "prog.step would change the trainable blocks while gradients are pending: call it once per optimizer "
+                "step, before the forward pass and after zero_grad(set_to_none=True)"
+            )
+
+    def _emit(self, event: str, progress: float, **values: Any) -> None:
+        record = {"event": event, "step": self.last_step, "progress": progress} | values
+        self.events.append(record)
+        self._on_event(record)
+
+    def decide(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Return a decision that may depend on a clock: computed once, then replayed from the record."""
+        if key not in self.decisions:
+            self.decisions[key] = self._decide_outside(key, compute) if self._decide_outside else compute()
+        return self.decisions[key]
+
+    def _begin_stage(self, stage: int, progress: float) -> None:
+        self.stage = stage
+        if self.scores is None or self.settings.rescore == "stage":
+            with self.ledger("scoring"):
+                self._rank(progress)
+        previous = self.candidate
+        if stage == 0 or self.candidate is None:
+            self._show(Candidate(len(self.blocks)))  # roles and modes are defined from here on
+        schedule = SCHEDULES[self.settings.schedule]
+        with self.ledger("search"):
+            chosen = schedule(stage, self.settings.stages, len(self.blocks), self.settings, previous, self._search)
+        self._enter(chosen, progress, reason="stage")
+
+    def _rank(self, progress: float) -> None:
+        """Score the blocks and order them for skipping."""
+        settings, count = self.settings, len(self.blocks)
+        sizes = tuple(sorted({at_least_one(share, count) for share in settings.grid}))
+        stop = Stop(sizes) if settings.schedule == "adaptive" else None
+        self._show(Candidate(count))
+        self.scores = score(
+            self.model,
+            self.blocks,
+            self._predict,
+            self._score_batches(),
+            settings.priority,
+            loss_fn=self._loss,
+            t=self._t,
+            stop=stop,
+        )
+        most = min(int(settings.skip * count), count - 1)
+        order = []
+        if most:
+            batch = next(iter(self.train_batches()))
+            order = choose_skips(self.model, self.blocks, self._predict, batch, most, keep=self.scores.ranking[:1])
+        self.skip_order = [s["name"] for s in order]
+        record = asdict(self.scores) | {"skip_order": order}
+        self._emit("score", progress, **record)
+
+    def _score_batches(self) -> Iterable[Any]:
+        """Yield train batches until the scoring budget is spent; how many that is, is a recorded decision."""
+        batches = iter(self.train_batches())
+        first = next(batches)
+        yield first
+        count = self.decide(f"score batches at stage {self.stage}", lambda: self._batches_within_budget(first))
+        yield from islice(batches, count - 1)
+
+    def _batches_within_budget(self, batch: Any) -> int:
+        """Return how many batches score_budget pays for, at least 4 and at most 64."""
+        if self.seconds is None:
+            return 8
+        cost = self._step_cost()
+        forward = sum(cost.blocks.values()) + cost.rest
+        per_batch = (1 + len(self.blocks) / 2) * forward / cost.step({}) * self._full_step_seconds()
+        return int(min(64, max(4, self.settings.score_budget * self.seconds / per_batch)))
+
+    # -- candidates --------------------------------------------------------------------------------------------------
+
+    def _sets(self, candidate: Candidate) -> tuple[list[str], list[str]]:
+        """Names of the trainable and the skipped blocks of a candidate."""
+        ranking = self.scores.ranking if self.scores else [b.name for b in self.blocks]
+        active = ranking[: candidate.active]
+        order = [n for n in self.skip_order if n not in active] + [n for n in reversed(ranking) if n not in active]
+        skipped = list(dict.fromkeys(order))[: candidate.skipped]
+        return active, skipped
+
+    def _show(self, candidate: Candidate, bypassed: Sequence[str] | None = None) -> None:
+        """Run the blocks as a candidate says; without `bypassed` all other frozen blocks are bypassed if allowed."""
+        active, skipped = self._sets(candidate)
+        exact = "pass" if self.settings.frozen == "pass" else "prefix"
+        modes = {}
+        for block in self.blocks:
+            if block.name in active:
+                modes[block.name] = "train"
+            elif block.name in skipped:
+                modes[block.name] = "skip"
+            elif exact == "prefix" and (bypassed is None or block.name in bypassed):
+                modes[block.name] = "bypass"
+            else:
+                modes[block.name] = exact
+        self._apply(modes)
+
+    def _apply(self, modes: dict[str, str]) -> None:
+        active = [n for n, m in modes.items() if m == "train"]
+        set_active(self.blocks, active, frozen={n: m for n, m in modes.items() if m != "train"})
+        reached = {"always": True, "never": False, "late": self.blocks[0].name in active}[self.settings.stem]
+        for p in self.roles.stem:
+            p.requires_grad_(reached)
+            if not reached:
+                p.grad = None
+        self.modes = modes
+
+    def _enter(self, candidate: Candidate, progress: float, reason: str) -> None:
+        """Settle on a candidate: choose its bypass set by fidelity and say so."""
+        self.candidate = candidate
+        self._show(candidate)
+        active, skipped = self._sets(candidate)
+        curve: list[dict[str, Any]] = []
+        frozen = [b.name for b in self.blocks if b.name not in active and b.name not in skipped]
+        if frozen and self.settings.frozen == "bypass":
+            ascending = [n for n in reversed(self.scores.ranking if self.scores else []) if n in frozen]
+            with self.ledger("search"):
+                bypassed, curve = choose_bypass(
+                    self.model,
+                    self.blocks,
+                    self._loss,
+                    list(islice(self.train_batches(), 1)),
+                    active,
+                    ascending,
+                    min_fidelity=self.settings.min_fidelity,
+                    skipped=skipped,
+                )
+            self._show(candidate, bypassed)
+        point = next((c for c in curve if c["size"] == sum(m == "bypass" for m in self.modes.values())), None)
+        self._emit(
+            "modes",
+            progress,
+            stage=self.stage,
+            reason=reason,
+            active=self.active,
+            modes=self.modes,
+            fidelity=point,
+            fidelity_curve=curve,
+        )
+
+    # -- searching ---------------------------------------------------------------------------------------------------
+
+    def _search(self, options: Sequence[Candidate]) -> Candidate:
+        """Ask the supernet which candidate pays most; the linear schedule's when it cannot be afforded."""
+        settings, count = self.settings, len(self.blocks)
+        seconds = self._search_seconds()
+        result = None
+        if len(options) > 1:
+            result = SEARCHES[settings.search](self, options, seconds)
+        if result is None:
+            m = at_least_one((self.stage + 1) / settings.stages, count)
+            chosen = min(options, key=lambda c: (abs(c.active - m), c.skipped))
+            note = "search unaffordable" if len(options) > 1 else "one candidate"
+            self._emit("search", self.stage / settings.stages, stage=self.stage, estimator=settings.search,
+                       chosen=asdict(chosen), rungs=[], note=note)  # fmt: skip
+            return chosen
+        self.search_steps += result.steps
+        self._emit("search", self.stage / settings.stages, stage=self.stage, **result.record())
+        return result.chosen
+
+    def _search_seconds(self) -> float:
+        if self.seconds is not None:
+            return self.settings.search_budget * self.seconds / self.settings.stages
+        steps = self.settings.search_budget * self.total_steps / self.settings.stages
+        return steps * self._full_step_seconds()
+
+    def _full_step_seconds(self) -> float:
+        return self.cost(Candidate(len(self.blocks)))
+
+    def _step_cost(self) -> StepCost:
+        if self._cost is None:
+            batch = next(iter(self.train_batches()))
+            self._cost = StepCost.measure(self.model, self.blocks, lambda: self._loss(self.model, batch))
+        return self._cost
+
+    def cost(self, candidate: Candidate) -> float:
+        """Seconds of one training step of a candidate (Trial): FLOPs by the model clock, else timed and recorded."""
+        key = f"step seconds, stage {self.stage}, {candidate.active} active, {candidate.skipped} skipped"
+        return float(self.decide(key, lambda: self._timed(candidate)))
+
+    def _timed(self, candidate: Candidate) -> float:
+        before = dict(self.modes)
+        self._show(candidate)
+        if self.clock == "model":
+            seconds = self._step_cost().seconds(self.modes)
+        else:
+            start, times = self.snapshot(), []
+            for _ in range(3):
+                begun = now()
+                self.train(0, 1)
+                times.append(now() - begun)
+            start.restore()
+            seconds = min(times[1:])  # the first step after a switch does not count
+        if before:
+            self._apply(before)
+        return seconds
+
+    def switch(self, candidate: Candidate) -> None:
+        """Run the blocks as a candidate says (Trial)."""
+        self._show(candidate)
+
+    def train(self, start: int, steps: int) -> None:
+        """Train on the stage's batches start, start + 1, ... (Trial)."""
+        assert self._optimizer is not None
+        for i, batch in enumerate(islice(self.train_batches(), start, start + steps)):
+            with forked_rng(1000 + start + i):
+                self._backward(self._loss(self.model, batch))
+                self._optimizer.step()
+                self._optimizer.zero_grad(set_to_none=True)
+                self._after_step()
+
+    def losses(self) -> Tensor:
+        """Held-out losses (n,) of the whole network: fixed noise, raw weights, eval mode (Trial)."""
+        with running(self.blocks, "train"):  # nothing sits out
+            return held_out_losses(self.model, self._loss_fn, self.held_out)
+
+    def snapshot(self) -> Snapshot:
+        """Copy everything training can change (Trial)."""
+        assert self._optimizer is not None
+        parameters = [p for b in self.blocks for p in b.parameters()] + self.roles.always + self.roles.stem
+        return Snapshot.take(parameters, self._optimizer)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but weights and optimizer state, as plain data."""
+        return {
+            "stage": self.stage,
+            "last_step": self.last_step,
+            "candidate": asdict(self.candidate) if self.candidate else None,
+            "modes": self.modes,
+            "scores": asdict(self.scores) if self.scores else None,
+            "skip_order": self.skip_order,
+            "decisions": self.decisions,
+            "search_steps": self.search_steps,
+            "settings": asdict(self.settings),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where state_dict left off. ValueError if the setting is another one."""
+        mine = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
+        theirs = {k: list(v) if isinstance(v, tuple) else v for k, v in state["settings"].items()}
+        if mine != theirs:
+            differing = {k: (theirs.get(k), v) for k, v in mine.items() if theirs.get(k) != v}
+            raise ValueError(
+                f"the saved state belongs to another setting (saved, now): {differing}: resume with the saved one"
+            )
+        self.stage, self.last_step, self.search_steps = state["stage"], state["last_step"], state["search_steps"]
+        self.candidate = Candidate(**state["candidate"]) if state["candidate"] else None
+        self.scores = Scores(**state["scores"]) if state["scores"] else None
+        self.skip_order, self.decisions = list(state["skip_order"]), dict(state["decisions"])
+        if state["modes"]:
+            self._apply(dict(state["modes"]))

@@ -1,0 +1,311 @@
+"""Priorities: which block first. Each is one function and one row of PRIORITIES; higher scores train earlier.
+
+All have the signature (model, blocks, predict, batches, *, loss_fn, t, stop) -> Scores and leave the model as it was.
+Those that skip blocks need predictions only; `loss` needs loss_fn forward; `grad_norm`, `gain` and `oracle` need
+gradients of every block and so a step's memory (CEI needs no backward pass at all).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from scipy.stats import kendalltau, spearmanr
+from torch import Tensor, nn
+
+from entprog.blocks import Block, evaluating, forked_rng
+from entprog.cei import Scores, Stop, Times, by_skipping, cei, inflation, knn_entropy, make_scores, relative_change
+from entprog.cei import gaussian_entropy as gaussian
+from entprog.modes import LossFn, Predict, preserved, running, set_active
+
+Priority = Callable[..., Scores]
+
+
+def _skip_priority(name: str, compare: Callable[[Tensor, Tensor], Tensor], magnitude: bool = False) -> Priority:
+    def priority(
+        model: nn.Module,
+        blocks: Sequence[Block],
+        predict: Predict,
+        batches: Iterable[Any],
+        *,
+        loss_fn: LossFn | None = None,
+        t: Times | None = None,
+        stop: Stop | None = None,
+    ) -> Scores:
+        return by_skipping(name, model, blocks, predict, batches, compare, t=t, stop=stop, magnitude=magnitude)
+
+    return priority
+
+
+def _needs(loss_fn: LossFn | None, name: str) -> LossFn:
+    if loss_fn is None:
+        raise ValueError(f"priority {name!r} needs loss_fn: pass loss_fn(model, batch) -> loss, or use 'cei'")
+    return loss_fn
+
+
+def loss(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    predict: Predict,
+    batches: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = None,
+    t: Times | None = None,
+    stop: Stop | None = None,
+) -> Scores:
+    """Rise of the loss without the block, L[skip b] - L, one value per batch (skip-loss)."""
+    fn = _needs(loss_fn, "loss")
+
+    def as_prediction(model: nn.Module, batch: Any) -> Tensor:
+        return fn(model, batch).reshape(1, 1)
+
+    def rise(full: Tensor, skipped: Tensor) -> Tensor:
+        return (skipped - full)[:, 0]
+
+    return by_skipping("loss", model, blocks, as_prediction, batches, rise, stop=stop)
+
+
+def block_influence(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    predict: Predict,
+    batches: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = None,
+    t: Times | None = None,
+    stop: Stop | None = None,
+) -> Scores:
+    """How far the block turns its stream: mean over tokens of 1 - cos(x_b, x_{b+1}) (ShortGPT, arXiv 2403.03853)."""
+    rows: list[Tensor] = []
+
+    def hook_for(column: int, row: Tensor) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            first_in = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            first_out = output if isinstance(output, Tensor) else next(v for v in output if isinstance(v, Tensor))
+            if first_in.shape != first_out.shape:  # two streams returned in the other order
+                first_in = next(v for v in (*args, *kwargs.values()) if v.shape == first_out.shape)
+            cosine = torch.cosine_similarity(first_in.float(), first_out.float(), dim=-1)
+            row[:, column] = 1 - cosine.flatten(1).mean(1).cpu()
+
+        return hook
+
+    with evaluating(model), running(blocks, "train"):
+        for batch in batches:
+            row = torch.zeros(_batch_size(batch), len(blocks))
+            handles = [b.module.register_forward_hook(hook_for(i, row), with_kwargs=True) for i, b in enumerate(blocks)]
+            try:
+                with forked_rng(0):
+                    predict(model, batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            rows.append(row)
+    return make_scores("block_influence", [b.name for b in blocks], torch.cat(rows))
+
+
+def _batch_size(batch: Any) -> int:
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else [batch]
+    return next(len(v) for v in values if isinstance(v, Tensor) and v.ndim)
+
+
+def _block_gradients(model: nn.Module, blocks: Sequence[Block], loss_fn: LossFn, batch: Any) -> list[list[Tensor]]:
+    """Gradients of every block's parameters, all blocks trainable, noise from a fixed seed."""
+    parameters = [b.parameters() for b in blocks]
+    flat = [p for group in parameters for p in group]
+    pending = [p.grad for p in flat]
+    with preserved(model, blocks), forked_rng(0), torch.enable_grad():
+        for p in flat:
+            p.grad = None
+        set_active(blocks, blocks)
+        grads = torch.autograd.grad(loss_fn(model, batch), flat, allow_unused=True)
+    for p, grad in zip(flat, pending, strict=True):
+        p.grad = grad
+    filled = iter([torch.zeros_like(p) if g is None else g for p, g in zip(flat, grads, strict=True)])
+    return [[next(filled) for _ in group] for group in parameters]
+
+
+def grad_norm(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    predict: Predict,
+    batches: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = None,
+    t: Times | None = None,
+    stop: Stop | None = None,
+) -> Scores:
+    """Norm of the block's gradient, |g_b|, one value per batch."""
+    fn = _needs(loss_fn, "grad_norm")
+    rows = [
+        [sum(g.float().square().sum() for g in grads) ** 0.5 for grads in _block_gradients(model, blocks, fn, batch)]
+        for batch in batches
+    ]
+    return make_scores("grad_norm", [b.name for b in blocks], torch.tensor(rows))
+
+
+def gain(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    predict: Predict,
+    batches: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = None,
+    t: Times | None = None,
+    stop: Stop | None = None,
+) -> Scores:
+    """First-order drop of one batch's loss by an Adam step on the others, per parameter of the block.
+
+    g_b = <gradient of batch i, m / (sqrt(v) + eps)>, with m and v the mean gradient and mean square over the other
+    batches. Divided by the block's parameters, which stand for its cost, so that unequal blocks compare per second.
+    ValueError with fewer than two batches.
+    """
+    fn = _needs(loss_fn, "gain")
+    grads = [_block_gradients(model, blocks, fn, batch) for batch in batches]
+    if len(grads) < 2:
+        raise ValueError(
+            f"priority 'gain' needs at least 2 batches, one to step on and one to judge by: got {len(grads)}"
+        )
+    rows = []
+    for i, held in enumerate(grads):
+        others = [g for j, g in enumerate(grads) if j != i]
+        row = []
+        for b, block in enumerate(blocks):
+            value = 0.0
+            for k, g in enumerate(held[b]):
+                stack = torch.stack([o[b][k] for o in others])
+                direction = stack.mean(0) / (stack.square().mean(0).sqrt() + 1e-8)
+                value += float((g * direction).sum())
+            row.append(value / sum(p.numel() for p in block.parameters()))
+        rows.append(row)
+    return make_scores("gain", [b.name for b in blocks], torch.tensor(rows))
+
+
+def oracle(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    predict: Predict,
+    batches: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = None,
+    t: Times | None = None,
+    stop: Stop | None = None,
+    steps: int = 20,
+    lr: float = 1e-3,
+) -> Scores:
+    """Drop of the last batch's loss after `steps` AdamW steps that train only the block; for small models.
+
+    What every other priority is judged by. The other batches are trained on in turn; everything outside the block is
+    frozen; weights come back afterwards.
+    """
+    fn = _needs(loss_fn, "oracle")
+    *train, held_out = list(batches)
+    if not train:
+        raise ValueError("priority 'oracle' needs at least 2 batches: the last is held out")
+
+    def held_out_loss() -> float:
+        with evaluating(model), forked_rng(1):
+            return fn(model, held_out).item()
+
+    row = []
+    with preserved(model, blocks), forked_rng(0):
+        for p in model.parameters():
+            p.requires_grad_(False)
+        before = held_out_loss()
+        for block in blocks:
+            saved = [p.detach().clone() for p in block.parameters()]
+            set_active(blocks, [block])
+            optimizer = torch.optim.AdamW(block.parameters(), lr=lr)
+            for step in range(steps):
+                fn(model, train[step % len(train)]).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            row.append(before - held_out_loss())
+            with torch.no_grad():
+                for p, value in zip(block.parameters(), saved, strict=True):
+                    p.copy_(value)
+    return make_scores("oracle", [b.name for b in blocks], torch.tensor([row]))
+
+
+def _order_priority(name: str, order: Callable[[int], Sequence[float]]) -> Priority:
+    """Return a priority that looks at the blocks' positions alone."""
+
+    def priority(
+        model: nn.Module,
+        blocks: Sequence[Block],
+        predict: Predict | None = None,
+        batches: Iterable[Any] = (),
+        *,
+        loss_fn: LossFn | None = None,
+        t: Times | None = None,
+        stop: Stop | None = None,
+    ) -> Scores:
+        values = torch.tensor([order(len(blocks))], dtype=torch.float64)
+        scores = make_scores(name, [b.name for b in blocks], values)
+        scores.samples, scores.zero = 0, []
+        return scores
+
+    return priority
+
+
+def _random_order(count: int, seed: int = 0) -> list[float]:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _stride_order(count: int) -> list[float]:
+    """Spread: each block is as far as possible from those before it (the positions' bits reversed)."""
+    bits = max(1, (count - 1).bit_length())
+    return [1 - int(f"{i:0{bits}b}"[::-1], 2) / 2**bits for i in range(count)]
+
+
+PRIORITIES: dict[str, Priority] = {
+    "cei": cei,
+    "cei_abs": _skip_priority("cei_abs", inflation(gaussian), magnitude=True),
+    "cei_knn": _skip_priority("cei_knn", inflation(knn_entropy)),
+    "output_mse": _skip_priority("output_mse", relative_change),
+    "loss": loss,
+    "block_influence": block_influence,
+    "grad_norm": grad_norm,
+    "gain": gain,
+    "oracle": oracle,
+    "random": _order_priority("random", _random_order),
+    "first": _order_priority("first", lambda count: [1 - i / count for i in range(count)]),
+    "last": _order_priority("last", lambda count: [(i + 1) / count for i in range(count)]),
+    "stride": _order_priority("stride", _stride_order),
+}
+
+
+def lookup(table: dict[str, Any], name: str, what: str) -> Any:
+    """Return a table's row, or raise a ValueError that lists the rows."""
+    if name not in table:
+        raise ValueError(f"{what} {name!r} is unknown: choose one of {sorted(table)}")
+    return table[name]
+
+
+def score(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    predict: Predict,
+    batches: Iterable[Any],
+    priority: str = "cei",
+    *,
+    loss_fn: LossFn | None = None,
+    t: Times | None = None,
+    stop: Stop | None = None,
+) -> Scores:
+    """Score the blocks of a model by a named priority.
+
+    predict(model, batch) -> raw prediction (B, ...); batches re-iterable; loss_fn(model, batch) -> scalar for the
+    priorities that need a loss; t(batch) -> (B,) times in [0, 1] for per-tau scores; stop=None uses every sample.
+    ValueError for an unknown priority, no batch, or a score that is not finite.
+    """
+    function = lookup(PRIORITIES, priority, "priority")
+    return function(model, list(blocks), predict, batches, loss_fn=loss_fn, t=t, stop=stop)
+
+
+def agreement(a: Scores, b: Scores) -> dict[str, float]:
+    """Rank correlations of two scores over the same blocks: Spearman's rho and Kendall's tau."""
+    names = sorted(a.values)
+    left, right = [a.values[n] for n in names], [b.values[n] for n in names]
+    return {
+        "spearman": float(spearmanr(left, right).statistic),
+        "kendall": float(kendalltau(left, right).statistic),
+    }

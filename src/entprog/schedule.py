@@ -1,0 +1,74 @@
+"""Schedules: how many blocks train and how many sit out, stage by stage. Each is one function and one row of SCHEDULES.
+
+A schedule is called at the start of a stage as (stage, stages, count, settings, previous, search) and returns a
+Candidate. `fixed` and `linear` are functions of the stage; `adaptive` builds the candidates and asks `search`, which
+trains them from the present weights and returns the one that paid (supernet.py).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from entprog.strategy import Progressive
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """`active` blocks train, the best of the ranking; `skipped` sit out, those that change the prediction least."""
+
+    active: int
+    skipped: int = 0
+
+
+Search = Callable[[Sequence[Candidate]], Candidate]
+Schedule = Callable[[int, int, int, "Progressive", Candidate | None, Search], Candidate]
+
+
+def at_least_one(share: float, count: int) -> int:
+    """Return round(share * count), between 1 and count."""
+    return min(count, max(1, round(share * count)))
+
+
+def fixed(
+    stage: int, stages: int, count: int, settings: "Progressive", previous: Candidate | None, search: Search
+) -> Candidate:
+    """Return settings.num_active blocks (a share below or at 1, else a number) in every stage."""
+    share = settings.num_active
+    active = at_least_one(share, count) if share <= 1 else min(count, int(share))
+    return Candidate(active, min(count - active, math.floor(settings.skip * count)))
+
+
+def linear(
+    stage: int, stages: int, count: int, settings: "Progressive", previous: Candidate | None, search: Search
+) -> Candidate:
+    """Return m_k = L * k / K trainable blocks in stage k = 1 .. K (Ent-Prog's ablation "without adaptive")."""
+    active = at_least_one((stage + 1) / stages, count)
+    return Candidate(active, min(count - active, math.floor(settings.skip * count)))
+
+
+def adaptive(
+    stage: int, stages: int, count: int, settings: "Progressive", previous: Candidate | None, search: Search
+) -> Candidate:
+    """Return the candidate that the nested supernet finds to pay most per second."""
+    return search(candidates(count, settings, previous))
+
+
+def candidates(count: int, settings: "Progressive", previous: Candidate | None) -> list[Candidate]:
+    """List what a stage may choose from: m on {L/8, L/4, L/2, 3L/4, L} and skipped counts on {0, L/4, L/2}.
+
+    m never shrinks and the number skipped never grows from stage to stage, and staying is allowed; nothing is skipped
+    unless settings.skip is above 0, and at most that share.
+    """
+    grid = {at_least_one(share, count) for share in settings.grid}
+    least = 1 if previous is None else previous.active
+    most_skipped = math.floor(settings.skip * count)
+    if previous is not None:
+        grid.add(previous.active)
+        most_skipped = min(most_skipped, previous.skipped)
+    skips = {0, most_skipped} | {s for s in (count // 4, count // 2) if s <= most_skipped}
+    return sorted(Candidate(m, s) for m in grid for s in skips if m >= least and m + s <= count)
+
+
+SCHEDULES: dict[str, Schedule] = {"fixed": fixed, "linear": linear, "adaptive": adaptive}

@@ -1,0 +1,93 @@
+"""Strategies: the settings of a run. STRATEGIES is the table: a name -> the Progressive to run, or None.
+
+`Progressive` is the setting: the Priority ranks the blocks, the Schedule says how many train and how many sit out.
+Ent-Prog is Progressive(priority="cei", schedule="adaptive"); every ablation changes one word. plugin.py carries a
+setting out in a training loop. `full` and `lora` train the same parameters at every step and need none.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from entprog.blocks import Block
+from entprog.priority import PRIORITIES, lookup
+from entprog.schedule import SCHEDULES
+from entprog.supernet import SEARCHES
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """Train the first n blocks of a ranking and let the last s sit out, in stages.
+
+    priority, schedule, search: rows of PRIORITIES, SCHEDULES, SEARCHES. stages: K, each an equal share of the run.
+    num_active: for `fixed`, a share (<= 1) or a number of blocks. grid: shares of L that `adaptive` may choose.
+    frozen: "bypass" (down to min_fidelity) or "pass". skip: largest share of blocks that may sit out, until
+    restore_at of the run. stem: pretrained modules outside blocks train "late" (with block 0), "always" or "never".
+    search_budget, score_budget: shares of a stage and of the run. rescore: rank again at every "stage" or "never".
+    """
+
+    priority: str = "cei"
+    schedule: str = "adaptive"
+    search: str = "race"
+    stages: int = 4
+    num_active: float = 0.5
+    grid: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75, 1.0)
+    frozen: str = "bypass"
+    min_fidelity: float = 0.98
+    skip: float = 0.0
+    restore_at: float = 0.7
+    stem: str = "late"
+    search_budget: float = 0.08
+    score_budget: float = 0.02
+    rescore: str = "never"
+
+    def __post_init__(self) -> None:
+        lookup(PRIORITIES, self.priority, "priority")
+        lookup(SCHEDULES, self.schedule, "schedule")
+        lookup(SEARCHES, self.search, "search")
+        for name, choices in (
+            ("frozen", ("bypass", "pass")),
+            ("stem", ("late", "always", "never")),
+            ("rescore", ("never", "stage")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose one of {choices}")
+        if self.stages < 1 or not 0 <= self.skip < 1 or not 0 < self.restore_at <= 1:
+            raise ValueError(
+                f"stages ({self.stages}) must be at least 1, skip ({self.skip}) in [0, 1), "
+                f"restore_at ({self.restore_at}) in (0, 1]"
+            )
+
+
+def ent_prog() -> Progressive:
+    """Ours: CEI order, blocks that change the prediction least sit out and come back, the rest bypassed."""
+    return Progressive()
+
+
+def paper() -> Progressive:
+    """As published: signed CEI, gradients through frozen blocks, paired supernet, four stages."""
+    return Progressive(frozen="pass", search="paired", stages=4)
+
+
+STRATEGIES: dict[str, Callable[[], Progressive | None]] = {
+    "full": lambda: None,
+    "lora": lambda: None,
+    "ent-prog": ent_prog,
+    "paper": paper,
+}
+
+
+def add_lora(model: nn.Module, blocks: Sequence[Block], rank: int, always: Sequence[str] = ()) -> nn.Module:
+    """Freeze the model and put peft's LoRA adapters on every linear layer of the blocks; returns peft's wrapper.
+
+    The modules named in `always` stay trainable in full.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = {m: n for n, m in model.named_modules()}
+    targets = [names[m] for b in blocks for m in b.module.modules() if isinstance(m, nn.Linear)]
+    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))  # type: ignore[arg-type]
+    for name in always:
+        model.get_submodule(name).requires_grad_(True)
+    return wrapped

@@ -1,0 +1,283 @@
+"""The nested diffusion supernet: how many blocks pay, measured.
+
+All candidates of a stage share the weights the stage starts from, since the trainable sets are nested. Convergence
+efficiency is the drop of the held-out loss per second of training,
+
+    CE(m) = - sum(delta l) / sum(T),        m* = argmax CE(m),
+
+and the estimators differ in whose loss change is charged to whom:
+
+    race      every candidate trains on its own trajectory for the same seconds; the worse half drops out, the time
+              doubles (successive halving), and training goes on from the winner's state. Default.
+    paired    one trajectory; each visit of a candidate is charged the change it made and its own time.
+    literal   one trajectory, and every candidate is credited with the whole change: the sum telescopes to the same
+              number for all, so the cheapest always wins. Kept to show that.
+
+Candidates that skip blocks are judged by the whole network after a few steps with the blocks back (`probe`): while they
+are out its loss looks worse than it will be.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from entprog.schedule import Candidate
+
+FIRST_STEPS = 8  # counted steps every candidate gets before it can lose
+PROBE_STEPS = 3
+
+
+class Trial(Protocol):
+    """What an estimator needs of the training run it searches in."""
+
+    def cost(self, candidate: Candidate) -> float:
+        """Seconds of one training step, recorded before it is used."""
+
+    def switch(self, candidate: Candidate) -> None:
+        """Train and run the blocks as the candidate says."""
+
+    def train(self, start: int, steps: int) -> None:
+        """Train on batches start, start + 1, ...; the same start gives the same batches and noise."""
+
+    def losses(self) -> Tensor:
+        """Held-out losses (n,) of the whole network: fixed times and noise, eval mode."""
+
+    def snapshot(self) -> "Snapshot":
+        """Copy everything training changes."""
+
+
+@dataclass
+class Snapshot:
+    """Weights, gradient-free, and optimizer state of some parameters, to go back to."""
+
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    weights: list[Tensor]
+    state: list[dict[str, Any] | None]
+
+    @classmethod
+    def take(cls, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> "Snapshot":
+        """Copy the parameters' values and optimizer state."""
+        return cls(
+            list(parameters),
+            optimizer,
+            [p.detach().clone() for p in parameters],
+            [_copied(optimizer.state.get(p)) for p in parameters],
+        )
+
+    def restore(self) -> None:
+        """Put them back in place, and delete state that has been made since.
+
+        Never optimizer.load_state_dict: it casts the moments to the parameters' dtype.
+        """
+        with torch.no_grad():
+            for p, weight, state in zip(self.parameters, self.weights, self.state, strict=True):
+                p.copy_(weight)
+                p.grad = None
+                if state is None:
+                    self.optimizer.state.pop(p, None)
+                else:
+                    self.optimizer.state[p] = _copied(state)
+
+
+def _copied(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    if not state:
+        return None
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+@dataclass
+class SearchResult:
+    """What a search found: the choice, every measurement on the way, and what to know about it.
+
+    `steps` is how many batches of the run's stream the kept trajectory used; rungs[i]["entries"] hold per candidate
+    active, skipped, steps, seconds, loss_before, loss_after, efficiency and interval (95 %, of the efficiency).
+    """
+
+    estimator: str
+    chosen: Candidate
+    steps: int
+    rungs: list[dict[str, Any]] = field(default_factory=list)
+    note: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """Return the result as plain data for events."""
+        return asdict(self)
+
+
+def _entry(candidate: Candidate, steps: int, seconds: float, before: Tensor, after: Tensor) -> dict[str, Any]:
+    drops = (before - after).double()
+    spread = 1.96 * drops.std(correction=1).item() / math.sqrt(len(drops)) if len(drops) > 1 else 0.0
+    mean = drops.mean().item()
+    return asdict(candidate) | {
+        "steps": steps,
+        "seconds": seconds,
+        "loss_before": before.mean().item(),
+        "loss_after": after.mean().item(),
+        "efficiency": mean / seconds,
+        "interval": [(mean - spread) / seconds, (mean + spread) / seconds],
+    }
+
+
+def _tied(a: Tensor, b: Tensor) -> bool:
+    """Return whether the 95 % interval of the mean paired difference contains 0."""
+    difference = (a - b).double()
+    return abs(difference.mean().item()) <= 1.96 * difference.std(correction=1).item() / math.sqrt(len(difference))
+
+
+def _rung_seconds(rungs: int) -> list[int]:
+    """Further seconds of each rung, in units of the first: 1, 1, 2, 4 ... so that the total doubles."""
+    return [1] + [2**i for i in range(rungs - 1)]
+
+
+def _race_shares(count: int) -> int:
+    """Seconds of a whole race of `count` candidates in units of the first rung's seconds per candidate."""
+    fields = [count]
+    while math.ceil(fields[-1] / 2) > 1:
+        fields.append(math.ceil(fields[-1] / 2))
+    return sum(n * extra for n, extra in zip(fields, _rung_seconds(len(fields)), strict=True))
+
+
+@dataclass
+class _Racer:
+    candidate: Candidate
+    snapshot: Snapshot
+    steps: int = 0
+    seconds: float = 0.0
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+def affordable(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> tuple[list[Candidate], str]:
+    """Return the candidates whose race fits into `seconds`: all, the smallest and the largest, or none."""
+    for field_, note in ((list(candidates), ""), ([candidates[0], candidates[-1]], "only smallest and largest raced")):
+        first = FIRST_STEPS * max(_seconds_per_step(trial, c) for c in field_)
+        if len(field_) > 1 and first * _race_shares(len(field_)) <= seconds:
+            return field_, note
+    return [], "search unaffordable"
+
+
+def _seconds_per_step(trial: Trial, candidate: Candidate) -> float:
+    """Seconds per step, with the probe's steps spread over the first rung's."""
+    probe = PROBE_STEPS * trial.cost(Candidate(candidate.active)) if candidate.skipped else 0.0
+    return trial.cost(candidate) + probe / FIRST_STEPS
+
+
+def race(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> SearchResult | None:
+    """Let every candidate train for equal seconds from the same state, halve the field, double the time.
+
+    Returns None, with nothing changed, if `seconds` cannot pay for 8 steps of even two candidates. Of two candidates
+    whose losses are tied at the last rung the cheaper one is taken.
+    """
+    entered, note = affordable(trial, candidates, seconds)
+    if not entered:
+        return None
+    before, start = trial.losses(), trial.snapshot()
+    per_rung = seconds / _race_shares(len(entered))
+    racers = [_Racer(c, start) for c in entered]
+    rungs: list[dict[str, Any]] = []
+    leaders: list[Candidate] = []
+    while len(racers) > 1:
+        extra = _rung_seconds(len(rungs) + 1)[-1]
+        for racer in racers:
+            _advance(trial, racer, extra * per_rung)
+        entries = [_entry(r.candidate, r.steps, r.seconds, before, r.losses) for r in racers]
+        rungs.append({"seconds": racers[0].seconds, "entries": entries})
+        racers.sort(key=lambda r: r.losses.mean().item())
+        leaders.append(racers[0].candidate)
+        if len(racers) == 2 and _tied(racers[0].losses, racers[1].losses):
+            racers.sort(key=lambda r: trial.cost(r.candidate))
+            note = f"{note}; tie at the last rung, the cheaper taken".lstrip("; ")
+        racers = racers[: math.ceil(len(racers) / 2)]
+    if len(set(leaders)) > 1:
+        note = f"{note}; the leader changed with the horizon: {leaders}".lstrip("; ")
+    winner = racers[0]
+    winner.snapshot.restore()
+    trial.switch(winner.candidate)
+    return SearchResult("race", winner.candidate, winner.steps, rungs, note)
+
+
+def _advance(trial: Trial, racer: _Racer, seconds: float) -> None:
+    """Train one racer for some seconds more on its own trajectory and measure the whole network."""
+    racer.snapshot.restore()
+    candidate, restored = racer.candidate, Candidate(racer.candidate.active)
+    probe = PROBE_STEPS if candidate.skipped else 0
+    steps = max(1, int((seconds - probe * trial.cost(restored)) / trial.cost(candidate)))
+    trial.switch(candidate)
+    trial.train(racer.steps, steps)
+    racer.snapshot = trial.snapshot()
+    racer.steps += steps
+    racer.seconds += seconds
+    if probe:
+        trial.switch(restored)
+        trial.train(racer.steps, probe)
+    racer.losses = trial.losses()
+
+
+def _visits(
+    trial: Trial, candidates: Sequence[Candidate], seconds: float, visit_steps: int = 2
+) -> list[tuple[Candidate, int, Tensor, Tensor]]:
+    """Train on one trajectory, visiting all candidates in a fresh random order each cycle."""
+    cycle = sum(visit_steps * trial.cost(c) for c in candidates)
+    order = random.Random(0)
+    visits, position, before = [], 0, trial.losses()
+    for _ in range(max(1, int(seconds / cycle))):
+        for candidate in order.sample(list(candidates), len(candidates)):
+            trial.switch(candidate)
+            trial.train(position, visit_steps)
+            position += visit_steps
+            after = trial.losses()
+            visits.append((candidate, visit_steps, before, after))
+            before = after
+    return visits
+
+
+def _one_trajectory(
+    estimator: str,
+    trial: Trial,
+    candidates: Sequence[Candidate],
+    seconds: float,
+    charged: Callable[[list[Any], Candidate], Tensor],
+) -> SearchResult | None:
+    if len(candidates) < 2 or 2 * sum(trial.cost(c) for c in candidates) > seconds:
+        return None
+    visits = _visits(trial, candidates, seconds)
+    entries = []
+    for candidate in candidates:
+        own = [v for v in visits if v[0] == candidate]
+        steps = sum(v[1] for v in own)
+        drop = charged(visits, candidate)
+        entries.append(_entry(candidate, steps, steps * trial.cost(candidate), drop, torch.zeros_like(drop)))
+        entries[-1] |= {"loss_before": visits[0][2].mean().item(), "loss_after": visits[-1][3].mean().item()}
+    best = max(range(len(entries)), key=lambda i: entries[i]["efficiency"])
+    trial.switch(candidates[best])
+    rung = {"seconds": seconds, "entries": entries}
+    return SearchResult(estimator, candidates[best], sum(v[1] for v in visits), [rung])
+
+
+def paired(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> SearchResult | None:
+    """Charge each visit's change of the held-out loss to the candidate that made it; nothing is rolled back."""
+
+    def own_change(visits: list[Any], candidate: Candidate) -> Tensor:
+        return torch.stack([before - after for c, _, before, after in visits if c == candidate]).sum(0)
+
+    return _one_trajectory("paired", trial, candidates, seconds, own_change)
+
+
+def literal(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> SearchResult | None:
+    """Credit every candidate with the whole trajectory's change: always picks the cheapest."""
+    whole = _one_trajectory("literal", trial, candidates, seconds, lambda v, _: v[0][2] - v[-1][3])
+    if whole is not None:
+        whole.note = "degenerate estimator: all candidates are credited with the same change of the loss"
+    return whole
+
+
+SEARCHES: dict[str, Callable[[Trial, Sequence[Candidate], float], SearchResult | None]] = {
+    "race": race,
+    "paired": paired,
+    "literal": literal,
+}

@@ -1,0 +1,426 @@
+"""Trainer: one Accelerate loop for every strategy, with exact resume and a ledger.
+
+A run is cut into segments at the marks where something happens: a stage begins, blocks come back, the held-out loss is
+measured. How many steps a segment has is decided when it begins, from the time left and the time a step takes, and
+written down before it is used; a resumed run replays what was written. All randomness of a step comes from its
+position in the stream of batches (data/batches.py).
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from entprog.blocks import find_blocks, record_example
+from entprog.checkpoint import RunLog, load_checkpoint, save_checkpoint
+from entprog.config import RunConfig
+from entprog.data.batches import Data, batch_at, fixed_batches, to_device
+from entprog.measure import MODEL_CLOCK_FLOPS as FLOPS_PER_SECOND
+from entprog.measure import NET, Ledger, StepCost, count_flops, now, saved_bytes, training_bytes
+from entprog.models.pretrained import loss_fn, predict_fn
+from entprog.modes import running, set_mode
+from entprog.objective import OBJECTIVES
+from entprog.plugin import EntProg, held_out_losses
+from entprog.strategy import add_lora
+
+NEW_MODULES = ("pose_guider",)  # what PoseDiT gets for the task: trains throughout, in every strategy
+
+
+class Ema:
+    """Average of the parameters that have ever trained, updated only on steps they train."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.names = {p: n for n, p in model.named_parameters()}
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        self.updates: dict[str, int] = {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move each trainable parameter's average towards it; the decay warms up with the parameter's own updates."""
+        for p, name in self.names.items():
+            if not p.requires_grad or not self.decay:
+                continue
+            if name not in self.average:
+                self.average[name], self.updates[name] = p.detach().clone(), 0
+            self.updates[name] += 1
+            n = self.updates[name]
+            self.average[name].lerp_(p, 1 - min(self.decay, (1 + n) / (10 + n)))
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the averages with the weights; a second call exchanges them back."""
+        for p, name in self.names.items():
+            if name in self.average:
+                held = p.detach().clone()
+                p.copy_(self.average[name])
+                self.average[name].copy_(held)
+
+
+class Trainer:
+    """Train one model on one data set by one strategy, into one run folder.
+
+    `data` and `held_out` are dicts of tensors (data/batches.py). `run` resumes from the folder's
+    last checkpoint. `on_progress` gets a dict with step,
+    progress, stage, active, loss, seconds and bytes after each step.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        data: Data,
+        held_out: Data,
+        out: Path,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.config, self.out, self.data = config, out, data
+        self.ledger = Ledger()
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        self.on_progress = on_progress or (lambda info: None)
+        objective = OBJECTIVES[config.objective]
+        self.predict, self.loss_fn = predict_fn(objective), loss_fn(objective)
+        self.device = self.accelerator.device
+        self.model = model.to(self.device).train()
+        self.held_out = [to_device(b, self.device) for b in fixed_batches(held_out, batch_size=8)]
+        self.log = RunLog(out)
+        self.blocks = find_blocks(model, record_example(model, lambda: self.loss_fn(model, self.held_out[0])))
+        self.wrapped = self._prepare()
+        self.optimizer = torch.optim.AdamW(
+            list(self.wrapped.parameters()), lr=config.lr, weight_decay=config.weight_decay
+        )
+        self.prog = self._plug_in()
+        self.ema = Ema(self.wrapped, config.ema_decay)
+        self.cost = StepCost.measure(model, self.blocks, lambda: self.loss_fn(model, self.held_out[0]))
+        self.step = self.segment = self.within = 0
+        self.net_before, self.model_seconds = 0.0, 0.0
+        self.times: list[float] = []  # of the last steps in the present modes
+        self.curve: list[dict[str, float]] = []
+        self.stages: dict[int, dict[str, float]] = {}
+        self.peak_bytes, self.byte_steps, self.step_bytes = 0, 0.0, 0
+        self.measured_modes: Any = None
+
+    # -- setting up ----------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> nn.Module:
+        """Apply strategies that change the model itself; returns what is trained."""
+        if self.config.strategy != "lora":
+            return self.model
+        return add_lora(self.model, self.blocks, self.config.lora_rank, always=(*NEW_MODULES, "final_layer"))
+
+    def _plug_in(self) -> EntProg | None:
+        settings = self.config.progressive()
+        if settings is None:
+            return None
+        return EntProg(
+            self.model,
+            self.loss_fn,
+            held_out=self.held_out,
+            train_batches=self._upcoming,
+            total_steps=self.config.steps or 1,
+            predict=self.predict,
+            backward=self._backward,
+            always=NEW_MODULES,
+            strategy=settings,
+            blocks=self.blocks,
+            t=lambda batch: batch["t"],
+            clock=self.config.clock,
+            seconds=self._budget_seconds(),
+            ledger=self.ledger,
+            decide=self._decide,
+            on_event=self._write_event,
+            after_step=lambda: self.ema.update(),
+        )
+
+    def _budget_seconds(self) -> float | None:
+        return self.config.seconds
+
+    @property
+    def position(self) -> int:
+        """Return the next place in the stream of batches: steps of the loop and steps kept from searches."""
+        return self.step + (self.prog.search_steps if self.prog else 0)
+
+    def _batch(self, position: int) -> Data:
+        with self.ledger("data"):
+            batch = batch_at(
+                self.data,
+                position,
+                batch_size=self.config.batch_size,
+                seed=self.config.seed,
+                condition_dropout=self.config.condition_dropout,
+            )
+            return to_device(batch, self.device)
+
+    def _upcoming(self) -> Iterator[Data]:
+        position = self.position
+        while True:
+            yield self._batch(position)
+            position += 1
+
+    # -- the record ----------------------------------------------------------------------------------------------------
+
+    def _write_event(self, record: dict[str, Any]) -> None:
+        if record["event"] == "score":
+            path = f"scores/{record['priority']}-{record['step']:06d}.json"
+            (self.out / "scores").mkdir(exist_ok=True)
+            kept = {k: v for k, v in record.items() if k not in ("event", "step", "progress", "skip_order")}
+            (self.out / path).write_text(json.dumps(kept, indent=1) + "\n")
+            short = ("event", "step", "progress", "priority", "samples", "share_negative", "zero", "stopped_early")
+            record = {k: record[k] for k in short} | {"path": path, "skip_order": record["skip_order"]}
+        self.log.append(record | {"net_seconds": self.net_seconds()})
+
+    def _decide(self, key: str, compute: Callable[[], Any]) -> Any:
+        return self.log.decide(key, compute, self.step)
+
+    def net_seconds(self) -> float:
+        """Return the net seconds so far, by the run's clock."""
+        return self.model_seconds if self.config.clock == "model" else self.ledger.net()
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end of the budget, save the model and return the results so far (no samples yet)."""
+        self.config.save(self.out / "config.yaml")
+        self._resume()
+        marks = self._marks()
+        while self.segment < len(marks) - 1:
+            begin, end = marks[self.segment], marks[self.segment + 1]
+            if self.within == 0:
+                self._advance_strategy(begin)
+            steps = int(self._decide(f"segment {self.segment}: steps", lambda: self._plan(begin, end)))  # noqa: B023
+            while self.within < steps:
+                self._train_step(begin + (end - begin) * self.within / steps)
+                self.within += 1
+                if self.step % self.config.checkpoint_every == 0:
+                    self._checkpoint()
+            self.segment, self.within = self.segment + 1, 0
+            if self._is_evaluation(end):
+                self._evaluate(end)
+        return self._finish()
+
+    def _marks(self) -> list[float]:
+        evaluations = [i / self.config.evaluations for i in range(self.config.evaluations + 1)]
+        changes = self.prog.boundaries() if self.prog else []
+        return sorted({0.0, 0.02, 0.97, 1.0, *changes, *evaluations})
+
+    def _is_evaluation(self, mark: float) -> bool:
+        return any(math.isclose(mark, i / self.config.evaluations) for i in range(self.config.evaluations + 1))
+
+    def _advance_strategy(self, progress: float) -> None:
+        """Let the strategy score, search and switch where it is due, on the run's clock."""
+        if self.segment == 0:
+            self._evaluate(0.0)
+        if self.prog is None:
+            return
+        prog = self.prog
+        if self.config.clock == "model":
+            flops = count_flops(lambda: prog.step(self.step, self.optimizer, progress))
+            self.model_seconds += flops / FLOPS_PER_SECOND
+        else:
+            with self.ledger("training"):
+                prog.step(self.step, self.optimizer, progress)
+
+    def _modes(self) -> dict[str, str]:
+        if self.prog:
+            return self.prog.modes
+        frozen = "pass" if self.config.strategy == "lora" else "train"
+        return {b.name: frozen for b in self.blocks}
+
+    def _plan(self, begin: float, end: float) -> int:
+        """Return how many steps bring the run from one mark to the next."""
+        if self.config.steps is not None:
+            return round(end * self.config.steps) - round(begin * self.config.steps)
+        assert self.config.seconds is not None
+        seconds = self._step_seconds()
+        if seconds is None:
+            return 4
+        return max(1, round((end * self.config.seconds - self.net_seconds()) / seconds))
+
+    def _step_seconds(self) -> float | None:
+        """Seconds of a step in the present modes: by FLOPs, or the recent steps', rescaled if the modes changed."""
+        flops = self.cost.step(self._modes())
+        if self.config.clock == "model":
+            return flops / FLOPS_PER_SECOND
+        if not self.times:
+            return None
+        return median(self.times) * flops / self.cost.step(self.measured_modes)
+
+    def _lr(self, progress: float) -> float:
+        warm = min(1.0, (progress + 1e-3) / self.config.lr_warmup) if self.config.lr_warmup else 1.0
+        return self.config.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+        if self.config.max_grad_norm:
+            trained = [p for p in self.wrapped.parameters() if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm)
+
+    def _train_step(self, progress: float) -> None:
+        with self.ledger("training"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._lr(progress)
+            batch = self._batch(self.position)
+            if self.prog:
+                self.prog.step(self.step, self.optimizer, progress)
+            begun = now()
+            switched = self._modes() != self.measured_modes
+            with self.accelerator.autocast():
+                loss = self._measured_loss(batch) if switched else self.loss_fn(self.wrapped, batch).mean()
+            self._backward(loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.ema.update()
+            if not switched:  # the first step after a switch does not count
+                self.times = [*self.times[-19:], now() - begun]
+        self._account()
+        self.step += 1
+        self.on_progress(self._info(progress, loss))
+
+    def _measured_loss(self, batch: Data) -> Tensor:
+        """Return the loss, counting what the step holds for backward: once per set of modes."""
+        with saved_bytes(ignore=list(self.wrapped.parameters())) as held:
+            loss = self.loss_fn(self.wrapped, batch).mean()
+            self.step_bytes = training_bytes(self.wrapped, self.optimizer, held())
+        self.measured_modes, self.times = dict(self._modes()), []
+        return loss
+
+    def _account(self) -> None:
+        seconds = self.cost.step(self._modes()) / FLOPS_PER_SECOND
+        self.model_seconds += seconds
+        stage = self.stages.setdefault(self.prog.stage if self.prog else 0, {"peak_bytes": 0, "seconds": 0.0})
+        stage["peak_bytes"] = max(stage["peak_bytes"], self.step_bytes, self.prog.peak_bytes if self.prog else 0)
+        stage["seconds"] += seconds if self.config.clock == "model" or not self.times else self.times[-1]
+        self.peak_bytes = max(self.peak_bytes, int(stage["peak_bytes"]))
+        self.byte_steps += self.step_bytes
+
+    def _info(self, progress: float, loss: Tensor) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "progress": progress,
+            "stage": self.prog.stage if self.prog else 0,
+            "active": sum(m == "train" for m in self._modes().values()),
+            "blocks": len(self.blocks),
+            "loss": loss.item(),
+            "seconds": self.net_seconds(),
+            "bytes": self.step_bytes,
+        }
+
+    def held_out_loss(self) -> Tensor:
+        """Return the held-out losses of the whole network, (n,)."""
+        with running(self.blocks, "train"):
+            return held_out_losses(self.wrapped, self.loss_fn, self.held_out)
+
+    def _evaluate(self, progress: float) -> None:
+        with self.ledger("held_out"):
+            losses = self.held_out_loss().double()
+        mean, half = losses.mean().item(), 1.96 * losses.std().item() / math.sqrt(len(losses))
+        self.curve.append({"step": self.step, "net_seconds": self.net_seconds(), "loss": mean})
+        self.log.append(
+            {"event": "held_out", "step": self.step, "progress": progress, "net_seconds": self.net_seconds(),
+             "loss": mean, "interval": [mean - half, mean + half]}
+        )  # fmt: skip
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step, "segment": self.segment, "within": self.within, "curve": self.curve,
+            "stages": {str(k): v for k, v in self.stages.items()}, "peak_bytes": self.peak_bytes,
+            "byte_steps": self.byte_steps, "model_seconds": self.model_seconds, "events": self.log.count,
+            "times": self.times, "measured_modes": self.measured_modes, "step_bytes": self.step_bytes,
+            "ledger": self.ledger.summary(), "ema_updates": self.ema.updates,
+            "prog": self.prog.state_dict() if self.prog else None,
+            "peak_search": self.prog.peak_bytes if self.prog else 0,
+        }  # fmt: skip
+
+    def _checkpoint(self) -> None:
+        with self.ledger("checkpoint"):
+            names: dict[Tensor, str] = {p: n for n, p in self.wrapped.named_parameters()}
+            tensors: dict[str, Tensor] = {f"model.{n}": p for p, n in names.items()}
+            tensors |= {f"ema.{n}": v for n, v in self.ema.average.items()}
+            for p, state in self.optimizer.state.items():
+                tensors |= {f"optimizer.{names[p]}.{k}": v for k, v in state.items()}
+            save_checkpoint(self.out / "checkpoints", self.step, tensors, self._state())
+
+    def _resume(self) -> None:
+        """Go back to the last checkpoint, if there is one, and keep every recorded decision."""
+        found = load_checkpoint(self.out / "checkpoints", str(self.device))
+        self.log.rewind(found[0]["events"] if found else 0)
+        if found:
+            self._load(*found)
+
+    def _load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        for key in ("step", "segment", "within", "curve", "peak_bytes", "byte_steps", "model_seconds", "times",
+                    "measured_modes", "step_bytes"):  # fmt: skip
+            setattr(self, key, state[key])
+        self.stages = {int(k): v for k, v in state["stages"].items()}
+        self.ledger.seconds |= {k: v for k, v in state["ledger"]["seconds"].items() if k != "other"}
+        self.ledger.earlier = state["ledger"]["wall"]
+        self.ema.updates = state["ema_updates"]
+        if self.prog:
+            self.prog.load_state_dict(state["prog"])
+            self.prog.peak_bytes = state["peak_search"]
+        with torch.no_grad():
+            for name, p in self.wrapped.named_parameters():
+                p.copy_(tensors[f"model.{name}"])
+                prefix = f"optimizer.{name}."
+                own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                if own:
+                    self.optimizer.state[p] = own
+        self.ema.average = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+
+    def _finish(self) -> dict[str, Any]:
+        """Save the model for use and return the results; results.json is written by `write_results`."""
+        if self.ema.average:
+            self.ema.swap()
+        with self.ledger("held_out"):
+            losses = self.held_out_loss().double()
+        final = self._final_model()
+        with self.ledger("checkpoint"):
+            final.save_pretrained(self.out / "checkpoints" / "final")  # type: ignore[operator]
+        self.log.append({"event": "done", "step": self.step, "progress": 1.0, "net_seconds": self.net_seconds()})
+        return self._results(losses)
+
+    def _final_model(self) -> nn.Module:
+        """Return the plain model: every block running normally, adapters merged."""
+        for block in self.blocks:
+            set_mode(block, "train")
+        if self.config.strategy == "lora":
+            self.model = self.wrapped.merge_and_unload()  # type: ignore[operator]
+        return self.model
+
+    def _results(self, losses: Tensor) -> dict[str, Any]:
+        spent = self.ledger.summary()["seconds"]
+        whole = sum(spent[k] for k in NET)
+        mean, half = losses.mean().item(), 1.96 * losses.std().item() / math.sqrt(len(losses))
+        return {
+            "kind": "run",
+            "strategy": self.config.strategy,
+            "seed": self.config.seed,
+            "clock": self.config.clock,
+            "steps": self.position,
+            "net_seconds": self.net_seconds(),
+            "scoring_share": spent["scoring"] / whole,
+            "search_share": spent["search"] / whole,
+            "peak_bytes": self.peak_bytes,
+            "mean_bytes": self.byte_steps / max(1, self.step),
+            "held_out": {"loss": mean, "interval": [mean - half, mean + half], "samples": len(losses)},
+            "held_out_losses": losses.tolist(),
+            "curve": self.curve,
+            "trainable_parameters": sum(p.numel() for p in self.optimizer.state),
+        }
+
+    def write_results(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Write results.json and ledger.json, completed by the wall time; returns the results."""
+        ledger = self.ledger.summary()
+        stages = [{"stage": k} | v for k, v in sorted(self.stages.items())]
+        (self.out / "ledger.json").write_text(json.dumps(ledger | {"stages": stages}, indent=1) + "\n")
+        results = {"metrics": {}} | results | {"wall_seconds": ledger["wall"]}
+        (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        return results

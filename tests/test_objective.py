@@ -1,0 +1,93 @@
+"""Noise, target and the way back; samplers."""
+
+import pytest
+import torch
+
+from entprog.objective import OBJECTIVES
+from entprog.sample import sample
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_target_leads_back_to_both_ends(name):
+    objective = OBJECTIVES[name]
+    x0, noise = torch.randn(4, 3, 2, 5, 5).double(), torch.randn(4, 3, 2, 5, 5).double()
+    t = torch.tensor([0.02, 0.3, 0.6, 0.9]).double()  # a time per sample, not per element
+    x_t = objective.noisy(x0, noise, t)
+    back, back_noise = objective.ends(objective.target(x0, noise, t), x_t, t)
+    assert torch.allclose(back, x0, atol=1e-9) and torch.allclose(back_noise, noise, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_t_zero_is_data_and_t_one_is_noise(name):
+    objective, x0, noise = OBJECTIVES[name], torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.allclose(objective.noisy(x0, noise, torch.zeros(2)), x0)
+    assert torch.allclose(objective.noisy(x0, noise, torch.ones(2)), noise, atol=1e-6)
+
+
+def test_flow_target_is_noise_minus_data():
+    x0, noise = torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(OBJECTIVES["flow_prediction"].target(x0, noise, torch.rand(2)), noise - x0)
+
+
+def test_one_time_per_sample_is_required():
+    with pytest.raises(ValueError, match=r"t must have shape \(4,\)"):
+        OBJECTIVES["epsilon"].noisy(torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(1))
+
+
+class Oracle(torch.nn.Module):
+    """Predicts the exact target of one known video from any x_t."""
+
+    def __init__(self, objective, x0):
+        super().__init__()
+        self.objective, self.x0 = objective, x0
+        self.p = torch.nn.Parameter(torch.zeros(1))
+        self.seen = []
+
+    def forward(self, x_t, t, pose=None, reference=None):
+        self.seen.append((float(t[0]), pose is not None, reference is not None))
+        alpha, sigma = self.objective.path(t.double())
+        shape = (-1, 1, 1, 1, 1)
+        noise = (x_t.double() - alpha.view(shape) * self.x0) / sigma.view(shape)
+        return self.objective.target(self.x0, noise, t.double()).float()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("steps", [1, 7, 20])
+def test_sampler_recovers_the_video_from_an_oracle(name, steps):
+    x0 = torch.randn(2, 3, 2, 4, 4).double()
+    model = Oracle(OBJECTIVES[name], x0)
+    drawn = sample(model, OBJECTIVES[name], {}, tuple(x0.shape), num_inference_steps=steps)
+    # float32 predictions are divided by alpha, 1.6e-3 at the first step, by epsilon's x0
+    assert (drawn - x0).abs().max() < (2e-3 if name == "epsilon" else 1e-5)
+    assert len(model.seen) == steps
+
+
+def test_guidance_calls_the_model_without_the_condition():
+    x0 = torch.randn(1, 3, 2, 4, 4).double()
+    model = Oracle(OBJECTIVES["flow_prediction"], x0)
+    conditions = {"pose": torch.zeros(1), "reference": torch.zeros(1)}
+    sample(model, OBJECTIVES["flow_prediction"], conditions, tuple(x0.shape), num_inference_steps=2, guidance_scale=2.0)
+    assert [s[1:] for s in model.seen] == [(True, True), (True, False)] * 2
+    with pytest.raises(ValueError, match="guidance needs the condition 'reference'"):
+        sample(model, OBJECTIVES["flow_prediction"], {}, tuple(x0.shape), guidance_scale=2.0)
+
+
+def test_euler_for_flow_matching_is_what_the_sampler_does():
+    torch.manual_seed(0)
+    net = torch.nn.Conv3d(3, 3, 1)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t, pose=None, reference=None):
+            return self.net(x)
+
+    drawn = sample(Net(), OBJECTIVES["flow_prediction"], {}, (1, 3, 2, 4, 4), num_inference_steps=5, seed=1)
+    x = torch.randn((1, 3, 2, 4, 4), generator=torch.Generator().manual_seed(1))
+    times = torch.linspace(1 - 1e-3, 0, 6)
+    with torch.no_grad():
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            x = x + (s - t) * net(x)
+    assert torch.allclose(drawn, x, atol=1e-5)

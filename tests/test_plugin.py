@@ -1,0 +1,167 @@
+"""EntProg in a foreign loop: what trains, what moves, what is refused."""
+
+from itertools import count, islice
+
+import pytest
+import torch
+from conftest import ZOO, Plain, first, trained_by
+
+from entprog.plugin import EntProg
+from entprog.strategy import STRATEGIES, Progressive
+
+
+def loop(model, inputs, settings, steps=8, **kwargs):
+    """The five-line loop on fixed inputs; returns (prog, names of active blocks per step)."""
+    loss_fn = trained_by(inputs)
+    prog = EntProg(model, loss_fn, held_out=None, train_batches=lambda: islice(count(), 64), total_steps=steps,
+                   strategy=settings, clock="model", **kwargs)  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    history = []
+    for step in range(steps):
+        prog.step(step, optimizer)
+        history.append(prog.active)
+        loss_fn(model).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return prog, history
+
+
+def test_it_discovers_ranks_and_trains_any_family(family):
+    model, inputs = family
+    prog, history = loop(model, inputs, Progressive(schedule="linear", stages=4))
+    assert [len(h) for h in history] == sorted(len(h) for h in history)
+    assert set(history[-1]) == {b.name for b in prog.blocks}
+    assert set(history[0]) == set(prog.scores.ranking[: len(history[0])])
+    kinds = [e["event"] for e in prog.events]
+    assert kinds.count("score") == 1 and kinds.count("modes") == 4
+
+
+@pytest.mark.parametrize("name", [n for n, make in STRATEGIES.items() if make() is not None])
+def test_every_strategy_lowers_the_loss(name):
+    torch.manual_seed(0)
+    model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
+    before = float(trained_by(inputs)(model).mean().detach())
+    prog, _ = loop(model, inputs, STRATEGIES[name](), steps=40)
+    assert float(trained_by(inputs)(model).mean().detach()) < before
+    assert prog.losses().shape == (4,)
+
+
+@pytest.mark.parametrize("frozen", ["pass", "bypass"])
+def test_fixed_with_all_blocks_equals_full_training_bit_for_bit(family, frozen):
+    model, inputs = family
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    settings = Progressive(priority="first", schedule="fixed", num_active=1.0, stages=2, frozen=frozen)
+    loop(model, inputs, settings)
+    progressive = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(start)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(8):
+        trained_by(inputs)(model).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    assert all(torch.equal(v, progressive[k]) for k, v in model.state_dict().items())
+
+
+def test_blocks_sit_out_and_come_back():
+    model, inputs = Plain(depth=8), {"x": torch.randn(4, 5, 8)}
+    settings = Progressive(schedule="fixed", num_active=0.5, skip=0.5, restore_at=0.5, stages=1)
+    prog, _ = loop(model, inputs, settings, steps=8)
+    first_modes, last_modes = (e["modes"] for e in prog.events if e["event"] == "modes")
+    assert list(first_modes.values()).count("skip") == 4 and "skip" not in last_modes.values()
+    restored = [e for e in prog.events if e["event"] == "modes"][1]
+    assert restored["step"] == 4 and restored["reason"] == "restored"
+    assert prog.boundaries() == [0.0, 0.5]
+
+
+def test_held_out_loss_is_the_whole_networks_while_blocks_sit_out():
+    model, inputs = Plain(depth=8), {"x": torch.randn(4, 5, 8)}
+    prog, _ = loop(model, inputs, Progressive(schedule="fixed", skip=0.5, restore_at=1.0, stages=1), steps=2)
+    assert "skip" in prog.modes.values()
+    from entprog.modes import running
+
+    with running(prog.blocks, "train"), torch.no_grad():
+        assert torch.equal(prog.losses(), trained_by(inputs)(model))
+
+
+@pytest.mark.parametrize("search", ["race", "paired", "literal"])
+def test_a_search_in_the_loop_is_affordable_deterministic_and_logged(search):
+    outcomes = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model, inputs = Plain(depth=4), {"x": torch.randn(4, 5, 8)}
+        settings = Progressive(search=search, search_budget=0.5, stages=2, skip=0.5)
+        prog, history = loop(model, inputs, settings, steps=400)
+        searches = [e for e in prog.events if e["event"] == "search"]
+        assert len(searches) == 2 and searches[0]["rungs"], "the first stage has several candidates"
+        assert prog.search_steps > 0
+        outcomes.append((history, [p.detach().clone() for p in model.parameters()]))
+    assert outcomes[0][0] == outcomes[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(outcomes[0][1], outcomes[1][1], strict=True))
+
+
+def test_stem_is_frozen_until_the_first_block_trains_and_the_head_never():
+    model, inputs = Plain(depth=4), {"x": torch.randn(4, 5, 8)}
+    prog, history = loop(model, inputs, Progressive(priority="last", schedule="linear", stages=4), steps=4)
+    assert [p.requires_grad for p in model.embed.parameters()] == [True, True]
+    model2 = Plain(depth=4)
+    start = model2.embed.weight.detach().clone(), model2.head.weight.detach().clone()
+    prog, _ = loop(model2, inputs, Progressive(priority="last", schedule="fixed", num_active=0.5), steps=4)
+    assert torch.equal(model2.embed.weight, start[0]) and not torch.equal(model2.head.weight, start[1])
+
+
+def test_named_new_modules_train_throughout_and_frozen_ones_are_never_enabled():
+    model, inputs = ZOO["pose_dit"]()
+    model.x_embedder.requires_grad_(False)
+    settings = Progressive(schedule="linear", stages=2, stem="always")
+    prog, _ = loop(model, inputs, settings, steps=4, always=["pose_guider"])
+    assert not any(p.requires_grad for p in model.x_embedder.parameters())
+    assert all(p.requires_grad for p in model.pose_guider.parameters())
+    always = {id(p) for p in prog.roles.always}
+    assert {id(p) for m in (model.pose_guider, model.final_layer) for p in m.parameters()} == always
+    with pytest.raises(ValueError, match="always names"):
+        loop(model, inputs, settings, always=["pose_encoder"])
+
+
+def test_repeating_a_step_changes_nothing_and_pending_gradients_are_refused():
+    model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
+    loss_fn = trained_by(inputs)
+    prog = EntProg(model, loss_fn, held_out=None, train_batches=lambda: range(8), total_steps=4,
+                   strategy=Progressive(schedule="linear", stages=4))  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters())
+    prog.step(0, optimizer)
+    events = len(prog.events)
+    loss_fn(model).mean().backward()
+    prog.step(0, optimizer)  # inside an accumulation window
+    assert len(prog.events) == events
+    with pytest.raises(RuntimeError, match="gradients are pending"):
+        prog.step(1, optimizer)
+
+
+def test_state_dict_continues_and_refuses_another_setting():
+    inputs = {"x": torch.randn(4, 5, 8)}
+    model = Plain()
+    prog, _ = loop(model, inputs, Progressive(schedule="linear", stages=4), steps=6)
+    other = EntProg(model, trained_by(inputs), held_out=None, train_batches=lambda: range(8), total_steps=6,
+                    strategy=Progressive(schedule="linear", stages=4))  # fmt: skip
+    other.load_state_dict(prog.state_dict())
+    assert other.active == prog.active and other.modes == prog.modes and other.scores == prog.scores
+    other.settings = Progressive(schedule="linear", stages=2)
+    with pytest.raises(ValueError, match=r"another setting.*stages.*\(4, 2\)"):
+        other.load_state_dict(prog.state_dict())
+
+
+def test_wrapped_models_are_refused_with_the_recipe():
+    model = torch.compile(Plain())
+    with pytest.raises(ValueError, match="build it on the bare model first"):
+        EntProg(model, lambda m, b: first(m(b)), held_out=None, train_batches=lambda: [], total_steps=1)
+
+
+def test_param_groups_are_never_touched():
+    model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = [(id(g), [id(p) for p in g["params"]], g["lr"]) for g in optimizer.param_groups]
+    prog = EntProg(model, trained_by(inputs), held_out=None, train_batches=lambda: range(8), total_steps=4,
+                   strategy=Progressive(schedule="linear", stages=4))  # fmt: skip
+    for step in range(4):
+        prog.step(step, optimizer)
+    assert before == [(id(g), [id(p) for p in g["params"]], g["lr"]) for g in optimizer.param_groups]

@@ -1,0 +1,106 @@
+"""Every row of PRIORITIES: a finite score per block, nothing left behind, and what each is supposed to measure."""
+
+import copy
+
+import pytest
+import torch
+from conftest import Plain, first, trained_by
+
+from entprog.blocks import find_blocks
+from entprog.modes import mode_of, skip
+from entprog.priority import PRIORITIES, agreement, score
+
+
+@pytest.mark.parametrize("name", PRIORITIES)
+def test_each_priority_scores_every_block_and_leaves_the_model_as_it_was(family, name):
+    model, inputs = family
+    blocks = find_blocks(model, inputs)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    requires = [p.requires_grad for p in model.parameters()]
+    batch = dict(inputs)
+
+    def predict(m, b):
+        return first(m(**b))
+
+    def loss(m, b):
+        return trained_by(b)(m).mean()
+
+    scores = score(model, blocks, predict, [batch, batch, batch], name, loss_fn=loss)
+    names = [b.name for b in blocks]
+    assert sorted(scores.ranking) == sorted(names) and list(scores.values) == names
+    assert all(torch.isfinite(torch.tensor(v)) for v in scores.values.values())
+    assert [scores.values[n] for n in scores.ranking] == sorted(scores.values.values(), reverse=True)
+    assert all(low <= scores.values[n] + 1e-9 and scores.values[n] <= high + 1e-9
+               for n, (low, high) in scores.intervals.items())  # fmt: skip
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert requires == [p.requires_grad for p in model.parameters()]
+    assert all(p.grad is None for p in model.parameters())
+    assert {mode_of(b) for b in blocks} == {"train"}
+
+
+def test_oracle_is_the_drop_after_training_only_that_block():
+    model = Plain()
+    train, held_out = torch.randn(8, 5, 8), torch.randn(8, 5, 8)
+
+    def loss(m, b):
+        return m(b).square().mean()
+
+    blocks = find_blocks(model, {"x": train})
+    scores = score(model, blocks, lambda m, b: m(b), [train, held_out], "oracle", loss_fn=loss)
+    for block in blocks:
+        other = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW(other.get_submodule(block.name).parameters(), lr=1e-3)
+        for _ in range(20):
+            loss(other, train).backward()
+            optimizer.step()
+            other.zero_grad(set_to_none=True)
+        drop = loss(model, held_out) - loss(other, held_out)
+        assert scores.values[block.name] == pytest.approx(drop.item(), rel=1e-4)
+
+
+def test_loss_priority_is_the_rise_of_the_loss():
+    model, x = Plain(), torch.randn(4, 5, 8)
+    blocks = find_blocks(model, {"x": x})
+    scores = score(model, blocks, lambda m, b: m(b), [x], "loss", loss_fn=lambda m, b: m(b).square().mean())
+    with torch.no_grad(), skip(blocks[2]):
+        without = model(x).square().mean()
+    with torch.no_grad():
+        assert scores.values["blocks.2"] == pytest.approx(float(without - model(x).square().mean()), abs=1e-6)
+
+
+def test_gain_is_positive_for_a_block_with_a_consistent_gradient():
+    model, x = Plain(), torch.randn(16, 5, 8)
+    blocks = find_blocks(model, {"x": x})
+    scores = score(model, blocks, lambda m, b: m(b), [x, x], "gain", loss_fn=lambda m, b: m(b).square().mean())
+    assert all(v > 0 for v in scores.values.values()), "the same batch twice: every Adam step lowers it"
+    with pytest.raises(ValueError, match="at least 2 batches"):
+        score(model, blocks, lambda m, b: m(b), [x], "gain", loss_fn=lambda m, b: m(b).square().mean())
+
+
+def test_position_orders():
+    blocks = find_blocks(Plain(depth=8))
+
+    def order(name):
+        return [int(n.split(".")[1]) for n in score(None, blocks, None, [], name).ranking]
+
+    assert order("first") == list(range(8)) and order("last") == list(range(7, -1, -1))
+    assert order("stride") == [0, 4, 2, 6, 1, 5, 3, 7]
+    assert order("random") == order("random") != list(range(8))
+
+
+def test_missing_loss_and_unknown_priority_are_said():
+    model = Plain()
+    blocks = find_blocks(model)
+    with pytest.raises(ValueError, match="needs loss_fn"):
+        score(model, blocks, lambda m, b: m(b), [torch.randn(2, 8)], "grad_norm")
+    with pytest.raises(ValueError, match=r"priority 'entropy' is unknown: choose one of .*'cei'"):
+        score(model, blocks, lambda m, b: m(b), [torch.randn(2, 8)], "entropy")
+    with pytest.raises(ValueError, match="no batch"):
+        score(model, blocks, lambda m, b: m(b), [])
+
+
+def test_agreement_of_a_score_with_itself_is_one():
+    blocks = find_blocks(Plain(depth=6))
+    a, b = score(None, blocks, None, [], "first"), score(None, blocks, None, [], "last")
+    assert agreement(a, a) == {"spearman": pytest.approx(1), "kendall": pytest.approx(1)}
+    assert agreement(a, b)["spearman"] == pytest.approx(-1)
