@@ -50,7 +50,7 @@ def test_every_strategy_lowers_the_loss(name):
 def test_fixed_with_all_blocks_equals_full_training_bit_for_bit(family, frozen):
     model, inputs = family
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    settings = Progressive(priority="first", schedule="fixed", num_active=1.0, stages=2, frozen=frozen)
+    settings = Progressive(priority="first", schedule="fixed", active_share=1.0, stages=2, frozen=frozen)
     loop(model, inputs, settings)
     progressive = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(start)
@@ -64,7 +64,7 @@ def test_fixed_with_all_blocks_equals_full_training_bit_for_bit(family, frozen):
 
 def test_blocks_sit_out_and_come_back():
     model, inputs = Plain(depth=8), {"x": torch.randn(4, 5, 8)}
-    settings = Progressive(schedule="fixed", num_active=0.5, skip=0.5, restore_at=0.5, stages=1)
+    settings = Progressive(schedule="fixed", active_share=0.5, skip=0.5, restore_at=0.5, stages=1)
     prog, _ = loop(model, inputs, settings, steps=8)
     first_modes, last_modes = (e["modes"] for e in prog.events if e["event"] == "modes")
     assert list(first_modes.values()).count("skip") == 4 and "skip" not in last_modes.values()
@@ -105,7 +105,7 @@ def test_stem_is_frozen_until_the_first_block_trains_and_the_head_never():
     assert [p.requires_grad for p in model.embed.parameters()] == [True, True]
     model2 = Plain(depth=4)
     start = model2.embed.weight.detach().clone(), model2.head.weight.detach().clone()
-    prog, _ = loop(model2, inputs, Progressive(priority="last", schedule="fixed", num_active=0.5), steps=4)
+    prog, _ = loop(model2, inputs, Progressive(priority="last", schedule="fixed", active_share=0.5), steps=4)
     assert torch.equal(model2.embed.weight, start[0]) and not torch.equal(model2.head.weight, start[1])
 
 

@@ -39,15 +39,16 @@ class RunLog:
             self.append({"event": "decision", "step": step, "key": key, "value": self.decisions[key]})
         return self.decisions[key]
 
-    def rewind(self, keep: int) -> None:
-        """Go back to the first `keep` events and all decisions: a resumed run writes the other events again.
+    def rewind(self, keep: int, replay: bool = True) -> None:
+        """Go back to the first `keep` events; a resumed run writes the others again.
 
-        A last line that a crash cut short is dropped.
+        With `replay` the decisions among the others are kept, to be used again; without, the run makes them anew,
+        which gives the same where no clock is read. A last line that a crash cut short is dropped.
         """
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         events = [json.loads(line) for line in lines if line.endswith("}")]
-        self.decisions = {e["key"]: e["value"] for e in events if e["event"] == "decision"}
-        kept = events[:keep] + [e for e in events[keep:] if e["event"] == "decision"]
+        kept = events[:keep] + [e for e in events[keep:] if replay and e["event"] == "decision"]
+        self.decisions = {e["key"]: e["value"] for e in kept if e["event"] == "decision"}
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(e) + "\n" for e in kept))
         os.replace(partial, self.path)

@@ -28,7 +28,7 @@ class RunConfig:
     schedule: str | None = None
     search: str | None = None
     stages: int | None = None
-    num_active: float | None = None
+    active_share: float | None = None
     frozen: str | None = None
     min_fidelity: float | None = None
     skip: float | None = None

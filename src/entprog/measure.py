@@ -188,6 +188,10 @@ class StepCost:
             total += flops * {"train": 3, "pass": passes, "prefix": passes, "bypass": 1, "skip": 0}[mode]
         return total
 
+    def forward(self, modes: Mapping[str, str]) -> int:
+        """Return the FLOPs of a forward pass, without the blocks that do not run."""
+        return self.rest + sum(f for n, f in self.blocks.items() if modes.get(n) not in ("skip", "replay"))
+
     def seconds(self, modes: Mapping[str, str], upstream_trains: bool = True) -> float:
         """Return what `clock: model` takes for the step's time."""
         return self.step(modes, upstream_trains) / MODEL_CLOCK_FLOPS

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from entprog.blocks import Block, evaluating, find_blocks, forked_rng, output_head, record_example
 from entprog.cei import Scores, Stop
-from entprog.measure import Ledger, StepCost, now, saved_bytes, training_bytes
-from entprog.modes import LossFn, Predict, choose_bypass, choose_skips, running, set_active
+from entprog.measure import MODEL_CLOCK_FLOPS, Ledger, StepCost, now, saved_bytes, training_bytes
+from entprog.modes import LossFn, Predict, choose_bypass, choose_skips, mode_of, running, set_active
 from entprog.priority import score
 from entprog.schedule import SCHEDULES, Candidate, at_least_one
 from entprog.strategy import Progressive, ent_prog
@@ -122,6 +122,7 @@ class EntProg:
         self.last_step = -1
         self.search_steps = 0  # batches of the stream that searches have trained on
         self.peak_bytes = 0  # of searching and measuring fidelity
+        self.model_seconds = 0.0  # of scoring, searching and measuring fidelity, by the model clock
         self._cost: StepCost | None = None
         self._optimizer: torch.optim.Optimizer | None = None
 
@@ -129,6 +130,7 @@ class EntProg:
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean loss; whatever needs gradients in here counts towards the run's peak memory."""
+        self._charge(backward=torch.is_grad_enabled())
         if not torch.is_grad_enabled():
             return self._loss_fn(model, batch).mean()
         with saved_bytes(ignore=list(model.parameters())) as held:
@@ -136,6 +138,17 @@ class EntProg:
             if self._optimizer is not None:
                 self.peak_bytes = max(self.peak_bytes, training_bytes(model, self._optimizer, held()))
         return loss
+
+    def _charge(self, backward: bool, batches: int = 1) -> None:
+        """Let the model clock run on by one pass over the blocks in their present modes."""
+        if self._cost is not None:
+            modes = {b.name: mode_of(b) for b in self.blocks}
+            flops = self._cost.step(modes) if backward else self._cost.forward(modes)
+            self.model_seconds += batches * flops / MODEL_CLOCK_FLOPS
+
+    def _prediction(self, model: nn.Module, batch: Any) -> Tensor:
+        self._charge(backward=False)
+        return self._predict(model, batch)
 
     def _try(self) -> None:
         self._loss_fn(self.model, self.held_out[0])
@@ -234,11 +247,13 @@ class EntProg:
         sizes = tuple(sorted({at_least_one(share, count) for share in settings.grid}))
         stop = Stop(sizes) if settings.schedule == "adaptive" else None
         self._show(Candidate(count))
+        self._step_cost()
+        batches = self.decide(f"score batches at stage {self.stage}", self._batches_within_budget)
         self.scores = score(
             self.model,
             self.blocks,
-            self._predict,
-            self._score_batches(),
+            self._prediction,
+            islice(self.train_batches(), batches),
             settings.priority,
             loss_fn=self._loss,
             t=self._t,
@@ -248,26 +263,17 @@ class EntProg:
         order = []
         if most:
             batch = next(iter(self.train_batches()))
-            order = choose_skips(self.model, self.blocks, self._predict, batch, most, keep=self.scores.ranking[:1])
+            order = choose_skips(self.model, self.blocks, self._prediction, batch, most, keep=self.scores.ranking[:1])
         self.skip_order = [s["name"] for s in order]
         record = asdict(self.scores) | {"skip_order": order}
         self._emit("score", progress, **record)
 
-    def _score_batches(self) -> Iterable[Any]:
-        """Yield train batches until the scoring budget is spent; how many that is, is a recorded decision."""
-        batches = iter(self.train_batches())
-        first = next(batches)
-        yield first
-        count = self.decide(f"score batches at stage {self.stage}", lambda: self._batches_within_budget(first))
-        yield from islice(batches, count - 1)
-
-    def _batches_within_budget(self, batch: Any) -> int:
+    def _batches_within_budget(self) -> int:
         """Return how many batches score_budget pays for, at least 4 and at most 64."""
         if self.seconds is None:
             return 8
         cost = self._step_cost()
-        forward = sum(cost.blocks.values()) + cost.rest
-        per_batch = (1 + len(self.blocks) / 2) * forward / cost.step({}) * self._full_step_seconds()
+        per_batch = (1 + len(self.blocks) / 2) * cost.forward({}) / cost.step({}) * self._full_step_seconds()
         return int(min(64, max(4, self.settings.score_budget * self.seconds / per_batch)))
 
     # -- candidates --------------------------------------------------------------------------------------------------
@@ -371,7 +377,7 @@ class EntProg:
     def _step_cost(self) -> StepCost:
         if self._cost is None:
             batch = next(iter(self.train_batches()))
-            self._cost = StepCost.measure(self.model, self.blocks, lambda: self._loss(self.model, batch))
+            self._cost = StepCost.measure(self.model, self.blocks, lambda: self._loss_fn(self.model, batch))
         return self._cost
 
     def cost(self, candidate: Candidate) -> float:
@@ -413,6 +419,7 @@ class EntProg:
     def losses(self) -> Tensor:
         """Held-out losses (n,) of the whole network: fixed noise, raw weights, eval mode (Trial)."""
         with running(self.blocks, "train"):  # nothing sits out
+            self._charge(backward=False, batches=len(self.held_out))
             return held_out_losses(self.model, self._loss_fn, self.held_out)
 
     def snapshot(self) -> Snapshot:
@@ -434,6 +441,8 @@ class EntProg:
             "skip_order": self.skip_order,
             "decisions": self.decisions,
             "search_steps": self.search_steps,
+            "model_seconds": self.model_seconds,
+            "step_cost": asdict(self._step_cost()),
             "settings": asdict(self.settings),
         }
 
@@ -447,6 +456,7 @@ class EntProg:
                 f"the saved state belongs to another setting (saved, now): {differing}: resume with the saved one"
             )
         self.stage, self.last_step, self.search_steps = state["stage"], state["last_step"], state["search_steps"]
+        self.model_seconds, self._cost = state["model_seconds"], StepCost(**state["step_cost"])
         self.candidate = Candidate(**state["candidate"]) if state["candidate"] else None
         self.scores = Scores(**state["scores"]) if state["scores"] else None
         self.skip_order, self.decisions = list(state["skip_order"]), dict(state["decisions"])

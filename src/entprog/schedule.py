@@ -34,9 +34,8 @@ def at_least_one(share: float, count: int) -> int:
 def fixed(
     stage: int, stages: int, count: int, settings: "Progressive", previous: Candidate | None, search: Search
 ) -> Candidate:
-    """Return settings.num_active blocks (a share below or at 1, else a number) in every stage."""
-    share = settings.num_active
-    active = at_least_one(share, count) if share <= 1 else min(count, int(share))
+    """Return the same share of the blocks in every stage, settings.active_share."""
+    active = at_least_one(settings.active_share, count)
     return Candidate(active, min(count - active, math.floor(settings.skip * count)))
 
 

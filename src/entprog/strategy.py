@@ -21,7 +21,7 @@ class Progressive:
     """Train the first n blocks of a ranking and let the last s sit out, in stages.
 
     priority, schedule, search: rows of PRIORITIES, SCHEDULES, SEARCHES. stages: K, each an equal share of the run.
-    num_active: for `fixed`, a share (<= 1) or a number of blocks. grid: shares of L that `adaptive` may choose.
+    active_share: for `fixed`. grid: shares of L that `adaptive` may choose.
     frozen: "bypass" (down to min_fidelity) or "pass". skip: largest share of blocks that may sit out, until
     restore_at of the run. stem: pretrained modules outside blocks train "late" (with block 0), "always" or "never".
     search_budget, score_budget: shares of a stage and of the run. rescore: rank again at every "stage" or "never".
@@ -31,7 +31,7 @@ class Progressive:
     schedule: str = "adaptive"
     search: str = "race"
     stages: int = 4
-    num_active: float = 0.5
+    active_share: float = 0.5
     grid: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75, 1.0)
     frozen: str = "bypass"
     min_fidelity: float = 0.98
@@ -53,11 +53,9 @@ class Progressive:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose one of {choices}")
-        if self.stages < 1 or not 0 <= self.skip < 1 or not 0 < self.restore_at <= 1:
-            raise ValueError(
-                f"stages ({self.stages}) must be at least 1, skip ({self.skip}) in [0, 1), "
-                f"restore_at ({self.restore_at}) in (0, 1]"
-            )
+        shares = {"active_share": self.active_share, "restore_at": self.restore_at, "1 - skip": 1 - self.skip}
+        if self.stages < 1 or not all(0 < share <= 1 for share in shares.values()):
+            raise ValueError(f"stages ({self.stages}) must be at least 1 and {shares} each in (0, 1]")
 
 
 def ent_prog() -> Progressive:

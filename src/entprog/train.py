@@ -21,8 +21,7 @@ from entprog.blocks import find_blocks, record_example
 from entprog.checkpoint import RunLog, load_checkpoint, save_checkpoint
 from entprog.config import RunConfig
 from entprog.data.batches import Data, batch_at, fixed_batches, to_device
-from entprog.measure import MODEL_CLOCK_FLOPS as FLOPS_PER_SECOND
-from entprog.measure import NET, Ledger, StepCost, count_flops, now, saved_bytes, training_bytes
+from entprog.measure import MODEL_CLOCK_FLOPS, NET, Ledger, StepCost, now, saved_bytes, training_bytes
 from entprog.models.pretrained import loss_fn, predict_fn
 from entprog.modes import running, set_mode
 from entprog.objective import OBJECTIVES
@@ -97,9 +96,9 @@ class Trainer:
         )
         self.prog = self._plug_in()
         self.ema = Ema(self.wrapped, config.ema_decay)
-        self.cost = StepCost.measure(model, self.blocks, lambda: self.loss_fn(model, self.held_out[0]))
         self.step = self.segment = self.within = 0
-        self.net_before, self.model_seconds = 0.0, 0.0
+        self.cost = StepCost.measure(model, self.blocks, lambda: self.loss_fn(model, self._batch(0)))
+        self.model_seconds = 0.0
         self.times: list[float] = []  # of the last steps in the present modes
         self.curve: list[dict[str, float]] = []
         self.stages: dict[int, dict[str, float]] = {}
@@ -218,13 +217,11 @@ class Trainer:
             self._evaluate(0.0)
         if self.prog is None:
             return
-        prog = self.prog
-        if self.config.clock == "model":
-            flops = count_flops(lambda: prog.step(self.step, self.optimizer, progress))
-            self.model_seconds += flops / FLOPS_PER_SECOND
-        else:
-            with self.ledger("training"):
-                prog.step(self.step, self.optimizer, progress)
+        before = self.prog.model_seconds
+        self._set_lr(progress)  # a search trains at this rate
+        with self.ledger("training"):
+            self.prog.step(self.step, self.optimizer, progress)
+        self.model_seconds += self.prog.model_seconds - before
 
     def _modes(self) -> dict[str, str]:
         if self.prog:
@@ -246,7 +243,7 @@ class Trainer:
         """Seconds of a step in the present modes: by FLOPs, or the recent steps', rescaled if the modes changed."""
         flops = self.cost.step(self._modes())
         if self.config.clock == "model":
-            return flops / FLOPS_PER_SECOND
+            return flops / MODEL_CLOCK_FLOPS
         if not self.times:
             return None
         return median(self.times) * flops / self.cost.step(self.measured_modes)
@@ -254,6 +251,10 @@ class Trainer:
     def _lr(self, progress: float) -> float:
         warm = min(1.0, (progress + 1e-3) / self.config.lr_warmup) if self.config.lr_warmup else 1.0
         return self.config.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def _set_lr(self, progress: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(progress)
 
     def _backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
@@ -263,8 +264,7 @@ class Trainer:
 
     def _train_step(self, progress: float) -> None:
         with self.ledger("training"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._lr(progress)
+            self._set_lr(progress)
             batch = self._batch(self.position)
             if self.prog:
                 self.prog.step(self.step, self.optimizer, progress)
@@ -291,7 +291,7 @@ class Trainer:
         return loss
 
     def _account(self) -> None:
-        seconds = self.cost.step(self._modes()) / FLOPS_PER_SECOND
+        seconds = self.cost.step(self._modes()) / MODEL_CLOCK_FLOPS
         self.model_seconds += seconds
         stage = self.stages.setdefault(self.prog.stage if self.prog else 0, {"peak_bytes": 0, "seconds": 0.0})
         stage["peak_bytes"] = max(stage["peak_bytes"], self.step_bytes, self.prog.peak_bytes if self.prog else 0)
@@ -351,7 +351,7 @@ class Trainer:
     def _resume(self) -> None:
         """Go back to the last checkpoint, if there is one, and keep every recorded decision."""
         found = load_checkpoint(self.out / "checkpoints", str(self.device))
-        self.log.rewind(found[0]["events"] if found else 0)
+        self.log.rewind(found[0]["events"] if found else 0, replay=self.config.clock == "wall")
         if found:
             self._load(*found)
 

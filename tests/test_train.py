@@ -1,0 +1,199 @@
+"""Whole runs on a tiny model: reproducible, resumable after a kill anywhere, honestly accounted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from entprog.config import RunConfig
+from entprog.data.synthetic import figures
+from entprog.measure import NET
+from entprog.models.pose_dit import PoseDiT, pose_dit
+from entprog.strategy import STRATEGIES
+from entprog.train import Ema, Trainer
+
+TINY = RunConfig(
+    steps=24, clips=16, held_out_clips=8, size=8, frames=2, batch_size=2, evaluations=2, checkpoint_every=5, stages=2,
+    clock="model", lr=3e-3,
+)  # fmt: skip
+
+
+def tiny_model() -> PoseDiT:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return pose_dit("T", hidden_size=32, depth=4, num_heads=2)
+
+
+def make(config, out):
+    data, held_out = figures(16, size=8, frames=2), figures(8, size=8, frames=2, seed=5)
+    return Trainer(config, tiny_model(), data, held_out, out)
+
+
+def weights(out):
+    return load_file(out / "checkpoints" / "final" / "diffusion_pytorch_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+CASES = {name: replace(TINY, strategy=name) for name in STRATEGIES} | {
+    "skip": replace(TINY, strategy="ent-prog", schedule="fixed", skip=0.5, ema_decay=0.9),
+    "race": replace(TINY, strategy="ent-prog", steps=None, seconds=0.05, search_budget=0.5, skip=0.5),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_fresh_runs_are_bit_identical_and_the_model_loads(name, tmp_path):
+    for run in ("a", "b"):
+        results = make(CASES[name], tmp_path / run).run()
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), tiny_model().state_dict())
+    loaded = PoseDiT.from_pretrained(tmp_path / "a" / "checkpoints" / "final")
+    assert loaded.config["depth"] == 4
+    assert results["peak_bytes"] > 0 and len(results["curve"]) == 3
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("when", [0.0, 0.3, 0.55, 0.9])
+def test_a_killed_and_resumed_run_gives_bit_equal_weights(name, when, tmp_path):
+    whole_run = make(CASES[name], tmp_path / "whole")
+    whole_run.run()
+    trainer = make(CASES[name], tmp_path / "broken")
+
+    def die(info):
+        if info["step"] == 1 + int(when * (whole_run.step - 1)):
+            raise Killed
+
+    trainer.on_progress = die
+    with pytest.raises(Killed):
+        trainer.run()
+    resumed = make(CASES[name], tmp_path / "broken")
+    resumed.run()
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    whole, broken = ((tmp_path / n / "events.jsonl").read_text().splitlines() for n in ("whole", "broken"))
+
+    def told(lines):
+        kept = [e for e in map(json.loads, lines) if e["event"] not in ("decision",)]
+        return [{k: v for k, v in e.items() if k != "net_seconds"} for e in kept]
+
+    assert told(whole) == told(broken), "the log of a resumed run reads like an uninterrupted one"
+
+
+def test_a_wall_clock_run_replays_its_decisions_after_a_kill(tmp_path):
+    config = replace(TINY, strategy="ent-prog", clock="wall", steps=None, seconds=3.0, checkpoint_every=1000)
+    trainer = make(config, tmp_path)
+    trainer.on_progress = lambda info: (_ for _ in ()).throw(Killed) if info["step"] == 20 else None
+    with pytest.raises(Killed):
+        trainer.run()
+    first = [json.loads(x) for x in (tmp_path / "events.jsonl").read_text().splitlines()]
+    decided = {e["key"]: e["value"] for e in first if e["event"] == "decision"}
+    resumed = make(config, tmp_path)
+    resumed.run()
+    assert decided and decided.items() <= resumed.log.decisions.items()
+
+
+def test_a_torn_last_line_of_the_log_is_dropped(tmp_path):
+    trainer = make(TINY, tmp_path)
+    trainer.run()
+    log = tmp_path / "events.jsonl"
+    log.write_text(log.read_text() + '{"event": "deci')
+    trainer.log.rewind(2)
+    assert len([e for e in map(json.loads, log.read_text().splitlines()) if e["event"] != "decision"]) <= 2
+
+
+def test_the_ledger_adds_up_to_the_wall_time(tmp_path):
+    trainer = make(replace(TINY, strategy="ent-prog"), tmp_path)
+    results = trainer.write_results(trainer.run())
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert sum(ledger["seconds"].values()) == pytest.approx(ledger["wall"], rel=1e-6)
+    assert all(ledger["seconds"][k] > 0 for k in ("scoring", "search", "training", "held_out", "data", "checkpoint"))
+    assert results["wall_seconds"] >= sum(ledger["seconds"][k] for k in NET)
+    assert ledger["stages"][0]["peak_bytes"] > 0
+
+
+def test_inactive_blocks_are_bit_identical_after_training(tmp_path):
+    config = replace(TINY, strategy="ent-prog", schedule="fixed", active_share=0.25, stages=1, weight_decay=0.5)
+    trainer = make(config, tmp_path)
+    start = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.run()
+    active = next(e for e in trainer.prog.events if e["event"] == "modes")["active"]
+    end = weights(tmp_path)
+    moved = {k for k, v in end.items() if not torch.equal(v, start[k])}
+    assert {k for k in moved if k.startswith("blocks.")} == {k for k in end if k.startswith(f"{active[0]}.")}
+    assert any(k.startswith("pose_guider.") for k in moved)
+
+
+def test_lora_saves_a_plain_merged_model(tmp_path):
+    trainer = make(replace(TINY, strategy="lora"), tmp_path)
+    trainer.run()
+    assert weights(tmp_path).keys() == tiny_model().state_dict().keys()
+    batch = trainer.held_out[0]
+    with torch.no_grad():
+        merged = PoseDiT.from_pretrained(tmp_path / "checkpoints" / "final").eval()
+        expected = json.loads(json.dumps(trainer.curve[-1]["loss"]))
+        assert trainer.loss_fn(merged, batch).mean().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_full_matches_a_plain_loop(tmp_path):
+    """The trainer adds nothing: the same batches through torch alone give the same weights."""
+    config = replace(TINY, strategy="full")
+    trainer = make(config, tmp_path)
+    trainer.run()
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    reference = make(config, tmp_path / "again")
+    marks = reference._marks()
+    step = 0
+    for begin, end in zip(marks[:-1], marks[1:], strict=True):
+        count = round(end * 24) - round(begin * 24)
+        for i in range(count):
+            optimizer.param_groups[0]["lr"] = reference._lr(begin + (end - begin) * i / count)
+            reference.loss_fn(model, reference._batch(step)).mean().backward()
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+    assert same(weights(tmp_path), model.state_dict())
+
+
+def test_ema_follows_only_what_trains_and_swaps_back():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    ema = Ema(model, 0.5)
+    for _ in range(3):
+        ema.update()
+        with torch.no_grad():
+            model[0].weight.add_(1)
+            model[1].weight.add_(1)
+    assert set(ema.average) == {"1.weight", "1.bias"}, "a frozen parameter's average is never overwritten by it"
+    raw = model[1].weight.detach().clone()
+    ema.swap()
+    assert not torch.equal(model[1].weight, raw)
+    ema.swap()
+    assert torch.equal(model[1].weight, raw)
+
+
+@pytest.mark.slow
+def test_the_toy_survives_a_real_kill(tmp_path):
+    """SIGKILL a process in the middle of examples/cpu_toy.yaml, resume it, compare with an uninterrupted one."""
+    command = [sys.executable, "-m", "entprog.cli", "train", "examples/cpu_toy.yaml", "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True)
+    for wait in (15, 30):
+        process = subprocess.Popen([*command, str(tmp_path / "broken")])
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(wait)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, str(tmp_path / "broken")], check=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
