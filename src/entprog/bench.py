@@ -118,6 +118,13 @@ def time_to(curve: Sequence[dict[str, float]], loss: float) -> float | None:
     return None
 
 
+def paired_difference(losses: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """Mean difference of two runs' held-out losses, sample by sample, with its 95 % bootstrap interval."""
+    difference = torch.tensor(losses, dtype=torch.float64) - torch.tensor(others, dtype=torch.float64)
+    low, high = bootstrap_interval(difference)
+    return {"difference": difference.mean().item(), "interval": [low, high]}
+
+
 def with_speedups(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Add to each run when it reached full training's final held-out loss, and how many times sooner.
 
@@ -128,6 +135,8 @@ def with_speedups(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for name, run in runs.items():
         reached = time_to(run["curve"], full["curve"][-1]["loss"]) if full else None
         extra: dict[str, Any] = {"time_to_full_loss": reached, "net_speedup": None, "gross_speedup": None}
+        if full:
+            extra["against_full"] = paired_difference(run["held_out_losses"], full["held_out_losses"])
         if full and reached:
             overhead = (run["scoring_share"] + run["search_share"]) * run["net_seconds"]
             extra["net_speedup"] = full["net_seconds"] / reached

@@ -19,7 +19,7 @@ from entprog.modes import LossFn, Predict, choose_bypass, choose_skips, mode_of,
 from entprog.priority import score
 from entprog.schedule import SCHEDULES, Candidate, at_least_one
 from entprog.strategy import Progressive, ent_prog
-from entprog.supernet import SEARCHES, Snapshot
+from entprog.supernet import SEARCHES, TIMING_STEPS, Snapshot
 
 Decide = Callable[[str, Callable[[], Any]], Any]
 
@@ -259,14 +259,20 @@ class EntProg:
             t=self._t,
             stop=stop,
         )
-        most = min(int(settings.skip * count), count - 1)
-        order = []
-        if most:
-            batch = next(iter(self.train_batches()))
-            order = choose_skips(self.model, self.blocks, self._prediction, batch, most, keep=self.scores.ranking[:1])
-        self.skip_order = [s["name"] for s in order]
-        record = asdict(self.scores) | {"skip_order": order}
-        self._emit("score", progress, **record)
+        self.skip_order = self._order_for_skipping(min(int(settings.skip * count), count - 1))
+        self._emit("score", progress, **asdict(self.scores), skip_order=self.skip_order)
+
+    def _order_for_skipping(self, count: int) -> list[str]:
+        """Names of all blocks, the one that changes the prediction least first.
+
+        Scores by skipping have measured every block's change on the way; others cost a greedy search of their own.
+        """
+        assert self.scores is not None
+        if not count or self.scores.changes:
+            return sorted(self.scores.changes, key=lambda name: self.scores.changes[name])  # type: ignore[union-attr]
+        batch = next(iter(self.train_batches()))
+        keep = self.scores.ranking[:1]
+        return [s["name"] for s in choose_skips(self.model, self.blocks, self._prediction, batch, count, keep)]
 
     def _batches_within_budget(self) -> int:
         """Return how many batches score_budget pays for, at least 4 and at most 64."""
@@ -287,7 +293,11 @@ class EntProg:
         return active, skipped
 
     def _show(self, candidate: Candidate, bypassed: Sequence[str] | None = None) -> None:
-        """Run the blocks as a candidate says; without `bypassed` all other frozen blocks are bypassed if allowed."""
+        """Run the blocks as a candidate says."""
+        self._apply(self._modes_of(candidate, bypassed))
+
+    def _modes_of(self, candidate: Candidate, bypassed: Sequence[str] | None = None) -> dict[str, str]:
+        """Every block's mode; without `bypassed` all frozen blocks that do not sit out are bypassed if allowed."""
         active, skipped = self._sets(candidate)
         exact = "pass" if self.settings.frozen == "pass" else "prefix"
         modes = {}
@@ -300,7 +310,7 @@ class EntProg:
                 modes[block.name] = "bypass"
             else:
                 modes[block.name] = exact
-        self._apply(modes)
+        return modes
 
     def _apply(self, modes: dict[str, str]) -> None:
         active = [n for n, m in modes.items() if m == "train"]
@@ -372,13 +382,18 @@ class EntProg:
         return steps * self._full_step_seconds()
 
     def _full_step_seconds(self) -> float:
-        return self.cost(Candidate(len(self.blocks)))
+        return float(self.decide("full step seconds", lambda: self._timed(Candidate(len(self.blocks)))))
 
     def _step_cost(self) -> StepCost:
         if self._cost is None:
             batch = next(iter(self.train_batches()))
             self._cost = StepCost.measure(self.model, self.blocks, lambda: self._loss_fn(self.model, batch))
         return self._cost
+
+    def estimate(self, candidate: Candidate) -> float:
+        """Seconds of one training step of a candidate (Trial), by FLOPs from the one timed full step."""
+        cost = self._step_cost()
+        return self._full_step_seconds() * cost.step(self._modes_of(candidate)) / cost.step({})
 
     def cost(self, candidate: Candidate) -> float:
         """Seconds of one training step of a candidate (Trial): FLOPs by the model clock, else timed and recorded."""
@@ -392,7 +407,7 @@ class EntProg:
             seconds = self._step_cost().seconds(self.modes)
         else:
             start, times = self.snapshot(), []
-            for _ in range(3):
+            for _ in range(TIMING_STEPS):
                 begun = now()
                 self.train(0, 1)
                 times.append(now() - begun)

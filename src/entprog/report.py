@@ -21,11 +21,14 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import torch
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+
+from entprog.metrics.protocol import bootstrap_interval
 
 CHART_STYLE = {
     **{"svg.fonttype": "none", "svg.hashsalt": "entprog", "font.size": 9, "grid.alpha": 0.3, "legend.frameon": False},
@@ -93,7 +96,10 @@ def verdict(runs: Sequence[Run]) -> str:
     parts = [f"{best.name} ends with the lowest held-out loss, {_loss_text(best)}", _overlaps(best, measured[1:])]
     subject = next((r for r in measured if r.name == "ent-prog"), best)
     if subject is not best:
-        how: dict[bool | None, str] = {True: "though the intervals overlap", False: "and the intervals do not overlap"}
+        how: dict[bool | None, str] = {
+            True: "though the held-out samples do not tell them apart",
+            False: "beyond the spread of the held-out samples",
+        }
         apart = how.get(_overlap(subject, best), "and without intervals that may be noise")
         parts[1:] = [f"ent-prog is worse at {_loss_text(subject)}, {apart}"]
     if full is not None and subject is not full:
@@ -106,10 +112,14 @@ def _overlaps(best: Run, others: Sequence[Run]) -> str:
     unknown = [r.name for r in others if _overlap(best, r) is None]
     close = [r.name for r in others if _overlap(best, r)]
     if close:
-        return f"its interval overlaps that of {_join(close)}, so this comparison does not tell them apart"
+        return f"the held-out samples do not tell it apart from {_join(close)}"
     if unknown:
         return f"without intervals, the lead over {_join(unknown)} may be noise"
-    return "its interval lies below every other" if others else "no other strategy has a finite held-out loss"
+    return (
+        "the others are worse beyond the spread of the held-out samples"
+        if others
+        else "no other strategy has a finite held-out loss"
+    )
 
 
 def _sooner(subject: Run, full: Run) -> str:
@@ -134,6 +144,11 @@ def _loss_text(run: Run) -> str:
 
 
 def _overlap(one: Run, two: Run) -> bool | None:
+    """Whether the runs' losses cannot be told apart: sample by sample where both kept them, else by their intervals."""
+    left, right = (torch.tensor(r.results.get("held_out_losses") or []) for r in (one, two))
+    if len(left) == len(right) and len(left) > 1:
+        low, high = bootstrap_interval((left - right).double())
+        return low <= 0 <= high
     a, b = (run.results["held_out"].get("interval") for run in (one, two))
     return None if not a or not b else a[0] <= b[1] and b[0] <= a[1]
 

@@ -30,10 +30,14 @@ from entprog.schedule import Candidate
 
 FIRST_STEPS = 8  # counted steps every candidate gets before it can lose
 PROBE_STEPS = 3
+TIMING_STEPS = 3  # what measuring a candidate's step time costs
 
 
 class Trial(Protocol):
     """What an estimator needs of the training run it searches in."""
+
+    def estimate(self, candidate: Candidate) -> float:
+        """Seconds of one training step, guessed without running one."""
 
     def cost(self, candidate: Candidate) -> float:
         """Seconds of one training step, recorded before it is used."""
@@ -156,15 +160,16 @@ def affordable(trial: Trial, candidates: Sequence[Candidate], seconds: float) ->
     """Return the candidates whose race fits into `seconds`: all, the smallest and the largest, or none."""
     for field_, note in ((list(candidates), ""), ([candidates[0], candidates[-1]], "only smallest and largest raced")):
         first = FIRST_STEPS * max(_seconds_per_step(trial, c) for c in field_)
-        if len(field_) > 1 and first * _race_shares(len(field_)) <= seconds:
+        timing = TIMING_STEPS * sum(trial.estimate(c) for c in field_)
+        if len(field_) > 1 and first * _race_shares(len(field_)) + timing <= seconds:
             return field_, note
     return [], "search unaffordable"
 
 
 def _seconds_per_step(trial: Trial, candidate: Candidate) -> float:
     """Seconds per step, with the probe's steps spread over the first rung's."""
-    probe = PROBE_STEPS * trial.cost(Candidate(candidate.active)) if candidate.skipped else 0.0
-    return trial.cost(candidate) + probe / FIRST_STEPS
+    probe = PROBE_STEPS * trial.estimate(Candidate(candidate.active)) if candidate.skipped else 0.0
+    return trial.estimate(candidate) + probe / FIRST_STEPS
 
 
 def race(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> SearchResult | None:
@@ -177,7 +182,7 @@ def race(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> Searc
     if not entered:
         return None
     before, start = trial.losses(), trial.snapshot()
-    per_rung = seconds / _race_shares(len(entered))
+    per_rung = (seconds - TIMING_STEPS * sum(trial.cost(c) for c in entered)) / _race_shares(len(entered))
     racers = [_Racer(c, start) for c in entered]
     rungs: list[dict[str, Any]] = []
     leaders: list[Candidate] = []
@@ -243,8 +248,9 @@ def _one_trajectory(
     seconds: float,
     charged: Callable[[list[Any], Candidate], Tensor],
 ) -> SearchResult | None:
-    if len(candidates) < 2 or 2 * sum(trial.cost(c) for c in candidates) > seconds:
+    if len(candidates) < 2 or (2 + TIMING_STEPS) * sum(trial.estimate(c) for c in candidates) > seconds:
         return None
+    seconds -= TIMING_STEPS * sum(trial.cost(c) for c in candidates)
     visits = _visits(trial, candidates, seconds)
     entries = []
     for candidate in candidates:

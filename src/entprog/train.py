@@ -206,7 +206,8 @@ class Trainer:
     def _marks(self) -> list[float]:
         evaluations = [i / self.config.evaluations for i in range(self.config.evaluations + 1)]
         changes = self.prog.boundaries() if self.prog else []
-        return sorted({0.0, 0.02, 0.97, 1.0, *changes, *evaluations})
+        replanned = [i / 20 for i in range(20)]  # how many steps are left to take is reckoned anew at each
+        return sorted({0.0, 0.02, 0.99, 1.0, *replanned, *changes, *evaluations})
 
     def _is_evaluation(self, mark: float) -> bool:
         return any(math.isclose(mark, i / self.config.evaluations) for i in range(self.config.evaluations + 1))

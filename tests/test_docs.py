@@ -1,0 +1,103 @@
+"""The README, the examples and the configuration are what the code is."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from entprog.cli import _parser, main
+from entprog.config import RunConfig, load_config, make_config
+from entprog.modes import MODES
+from entprog.strategy import STRATEGIES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_file_tree_is_the_package():
+    tree = README.split("```\nsrc/entprog/\n")[1].split("```")[0]
+    listed = set()
+    for line in tree.splitlines():
+        if line.startswith("  "):
+            listed |= set(re.findall(r"[\w/]+\.(?:py|html\.j2|safetensors|json)\b", line.split("  base")[0]))
+    package = ROOT / "src" / "entprog"
+    there = {
+        str(p.relative_to(package)) for p in package.rglob("*") if p.suffix in (".py", ".j2", ".safetensors", ".json")
+    }
+    assert listed == there - {f"{d}/__init__.py" for d in ("data", "models", "metrics")}
+
+
+def test_the_readme_is_useful_before_line_30():
+    first = README.splitlines()[:30]
+    assert any("make demo" in line for line in first) and any("prog.step(step, optimizer)" in line for line in first)
+    assert sum(line.startswith("+") for line in first) == 3
+
+
+def test_tables_in_the_readme_name_what_exists():
+    for mode in MODES:
+        assert f"| `{mode}` |" in README
+    for strategy in STRATEGIES:
+        assert strategy in README
+    for command in re.findall(r"`entprog (\w+)", README):
+        assert command in _parser()._subparsers._group_actions[0].choices
+
+
+def test_the_own_loop_differs_from_the_plain_loop_by_its_marked_lines():
+    source = (ROOT / "examples" / "own_loop.py").read_text().splitlines()
+    plain = "\n".join(line for line in source if not line.rstrip().endswith("# +"))
+    ast.parse(plain)
+    assert sum(line.rstrip().endswith("# +") for line in source) == 3
+    assert not re.search(r"\bprog\b|entprog", plain.split('"""')[2].split("print(")[0])
+
+
+def test_the_own_loop_runs():
+    done = subprocess.run([sys.executable, ROOT / "examples" / "own_loop.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step  50" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_example_configurations_are_valid(path):
+    assert load_config(path).strategy in STRATEGIES
+
+
+def test_configuration_round_trips_and_errors_name_the_choices(tmp_path):
+    config = make_config({"seconds": 5, "strategy": "paper", "priority": "random"})
+    config.save(tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+    assert config.progressive().priority == "random" and config.progressive().search == "paired"
+    assert load_config(tmp_path / "c.yaml", ["steps=7"]).seconds is None
+    for wrong, says in (
+        ({"steps": 1, "strategy": "fulll"}, "choose one of.*'full'"),
+        ({"steps": 1, "objective": "x"}, "epsilon"),
+        ({"steps": 1, "learning_rate": 1}, r"\['learning_rate'\] are unknown.*'lr'"),
+        ({"steps": 1, "seconds": 1}, "exactly one"),
+        ({"steps": "many"}, "steps = 'many'"),
+        ({"steps": 1, "priority": "entropy"}, "choose one of.*'cei'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            make_config(wrong)
+    with pytest.raises(ValueError, match="key=value"):
+        load_config(tmp_path / "c.yaml", ["steps"])
+
+
+def test_exit_codes(tmp_path, capsys):
+    assert main(["train", str(ROOT / "examples" / "cpu_toy.yaml"), "--out", str(tmp_path), "--dry-run"]) == 0
+    assert "strategy: ent-prog" in capsys.readouterr().out
+    assert main(["train", str(tmp_path / "missing.yaml"), "--out", str(tmp_path)]) == 2
+    assert main(["train", str(ROOT / "examples" / "cpu_toy.yaml"), "stages=none", "--out", str(tmp_path)]) == 2
+    assert main(["sample", str(tmp_path)]) == 2 and main(["report", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["nonsense"])
+    assert stop.value.code == 2
+
+
+def test_every_field_of_the_settings_can_be_set_by_one_word():
+    from dataclasses import fields
+
+    from entprog.strategy import Progressive
+
+    assert {f.name for f in fields(Progressive)} - {f.name for f in fields(RunConfig)} == {"grid"}
