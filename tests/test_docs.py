@@ -2,8 +2,7 @@
 
 import ast
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -53,10 +52,9 @@ def test_the_own_loop_differs_from_the_plain_loop_by_its_marked_lines():
     assert not re.search(r"\bprog\b|entprog", plain.split('"""')[2].split("print(")[0])
 
 
-def test_the_own_loop_runs():
-    done = subprocess.run([sys.executable, ROOT / "examples" / "own_loop.py"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "step  50" in done.stdout
+def test_the_own_loop_runs(capsys):
+    runpy.run_path(str(ROOT / "examples" / "own_loop.py"))
+    assert "step  50" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
@@ -100,4 +98,4 @@ def test_every_field_of_the_settings_can_be_set_by_one_word():
 
     from entprog.strategy import Progressive
 
-    assert {f.name for f in fields(Progressive)} - {f.name for f in fields(RunConfig)} == {"grid"}
+    assert {f.name for f in fields(Progressive)} - {f.name for f in fields(RunConfig)} == {"grid", "also_score"}

@@ -116,7 +116,7 @@ def test_named_new_modules_train_throughout_and_frozen_ones_are_never_enabled():
     prog, _ = loop(model, inputs, settings, steps=4, always=["pose_guider"])
     assert not any(p.requires_grad for p in model.x_embedder.parameters())
     assert all(p.requires_grad for p in model.pose_guider.parameters())
-    always = {id(p) for p in prog.roles.always}
+    always = {id(p) for p in prog.always}
     assert {id(p) for m in (model.pose_guider, model.final_layer) for p in m.parameters()} == always
     with pytest.raises(ValueError, match="always names"):
         loop(model, inputs, settings, always=["pose_encoder"])

@@ -299,3 +299,40 @@ def by_name(blocks: list[Block], wanted: Any) -> list[Block]:
     if unknown := sorted(map(str, asked - names)):
         raise ValueError(f"no block is called {unknown}: the blocks are {[b.name for b in blocks]}")
     return [b for b in blocks if b.name in asked]
+
+
+def outside_blocks(
+    model: nn.Module, blocks: Sequence[Block], always: Sequence[str], run: Callable[[], Any]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Split the trainable parameters outside blocks into (always, stem).
+
+    `always` names modules or parameters made for the task; the output head, what first runs after the last block, joins
+    them. The rest is stem: pretrained embeddings. ValueError for a name the model lacks.
+    """
+    named, modules = dict(model.named_parameters()), dict(model.named_modules())
+    if unknown := [a for a in always if a not in named and a not in modules]:
+        raise ValueError(f"always names {unknown}, which the model lacks: its parts are {list(modules)[1:30]} ...")
+    inside = {id(p) for b in blocks for p in b.module.parameters()}
+    chosen = {id(named[a]) for a in always if a in named}
+    chosen |= {id(p) for a in always if a in modules for p in modules[a].parameters()}
+    chosen |= {id(p) for m in output_head(model, blocks, run) for p in m.parameters()}
+    outside = [p for p in named.values() if p.requires_grad and id(p) not in inside]
+    return [p for p in outside if id(p) in chosen], [p for p in outside if id(p) not in chosen]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the first tensor of a model's output. ValueError if there is none."""
+    if isinstance(output, Tensor):
+        return output
+    for value in output.values() if isinstance(output, Mapping) else output:
+        if isinstance(value, Tensor):
+            return value
+    raise ValueError(
+        f"the model's output {type(output).__name__} holds no tensor: pass predict(model, batch) -> tensor"
+    )
+
+
+def batch_size(batch: Any) -> int:
+    """Return the length of the first tensor of a batch (a tensor, dict or sequence), 1 where there is none."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+    return next((len(v) for v in values if isinstance(v, Tensor) and v.ndim), 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from entprog.blocks import Block, evaluating, forked_rng
-from entprog.modes import running
+from entprog.modes import LossFn, running
 
 # What the ledger tells apart; the first four are a training run's net time.
 NET = ("training", "scoring", "search", "data")
@@ -153,10 +153,13 @@ class StepCost:
 
     blocks: dict[str, int]
     rest: int
+    samples: int = 1  # of the pass that was counted
 
     @classmethod
-    def measure(cls, model: nn.Module, blocks: Sequence[Block], forward: Callable[[], Any]) -> "StepCost":
-        """Count one forward pass in eval mode, block by block."""
+    def measure(
+        cls, model: nn.Module, blocks: Sequence[Block], forward: Callable[[], Any], samples: int = 1
+    ) -> "StepCost":
+        """Count one forward pass of some samples in eval mode, block by block."""
         spent = dict.fromkeys((b.name for b in blocks), 0)
         counter = FlopCounterMode(display=False)
         entered: dict[str, int] = {}
@@ -176,7 +179,7 @@ class StepCost:
         finally:
             for handle in handles:
                 handle.remove()
-        return cls(spent, counter.get_total_flops() - sum(spent.values()))
+        return cls(spent, counter.get_total_flops() - sum(spent.values()), samples)
 
     def step(self, modes: Mapping[str, str], upstream_trains: bool = True) -> int:
         """Return the FLOPs of a step with each block in a mode; `upstream_trains`: something before block 0 trains."""
@@ -195,3 +198,13 @@ class StepCost:
     def seconds(self, modes: Mapping[str, str], upstream_trains: bool = True) -> float:
         """Return what `clock: model` takes for the step's time."""
         return self.step(modes, upstream_trains) / MODEL_CLOCK_FLOPS
+
+
+def held_out_losses(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> Tensor:
+    """Return the losses of fixed batches, (n,): eval mode, the i-th batch's noise from seed i."""
+    values = []
+    with evaluating(model):
+        for i, batch in enumerate(batches):
+            with forked_rng(i):
+                values.append(loss_fn(model, batch).detach().float().reshape(-1).cpu())
+    return torch.cat(values)

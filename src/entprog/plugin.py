@@ -5,52 +5,23 @@ supernet's Trial: it trains on the caller's batches with the caller's loss and o
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from entprog.blocks import Block, evaluating, find_blocks, forked_rng, output_head, record_example
+from entprog.blocks import Block, batch_size, find_blocks, first_tensor, forked_rng, outside_blocks, record_example
 from entprog.cei import Scores, Stop
-from entprog.measure import MODEL_CLOCK_FLOPS, Ledger, StepCost, now, saved_bytes, training_bytes
+from entprog.measure import MODEL_CLOCK_FLOPS, Ledger, StepCost, held_out_losses, now, saved_bytes, training_bytes
 from entprog.modes import LossFn, Predict, choose_bypass, choose_skips, mode_of, running, set_active
-from entprog.priority import score
+from entprog.priority import agreement, score
 from entprog.schedule import SCHEDULES, Candidate, at_least_one
 from entprog.strategy import Progressive, ent_prog
 from entprog.supernet import SEARCHES, TIMING_STEPS, Snapshot
 
 Decide = Callable[[str, Callable[[], Any]], Any]
-
-
-@dataclass
-class _Roles:
-    """The parameters outside blocks: `always` train throughout, `stem` when the trainable set reaches block 0."""
-
-    always: list[nn.Parameter]
-    stem: list[nn.Parameter]
-
-
-def _first_tensor(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    for value in output.values() if isinstance(output, Mapping) else output:
-        if isinstance(value, Tensor):
-            return value
-    raise ValueError(
-        f"the model's output {type(output).__name__} holds no tensor: pass predict(model, batch) -> tensor"
-    )
-
-
-def held_out_losses(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> Tensor:
-    """Return the losses of fixed batches, (n,): eval mode, the i-th batch's noise from seed i."""
-    values = []
-    with evaluating(model):
-        for i, batch in enumerate(batches):
-            with forked_rng(i):
-                values.append(loss_fn(model, batch).detach().float().reshape(-1).cpu())
-    return torch.cat(values)
 
 
 class EntProg:
@@ -113,7 +84,7 @@ class EntProg:
         self._decide_outside = decide
         self.events: list[dict[str, Any]] = []
         self.blocks = list(blocks) if blocks is not None else find_blocks(model, record_example(model, self._try))
-        self.roles = self._sort_parameters(always)
+        self.always, self.stem = outside_blocks(model, self.blocks, always, self._try)
         self.scores: Scores | None = None
         self.skip_order: list[str] = []
         self.candidate: Candidate | None = None
@@ -130,7 +101,7 @@ class EntProg:
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean loss; whatever needs gradients in here counts towards the run's peak memory."""
-        self._charge(backward=torch.is_grad_enabled())
+        self._charge(batch, backward=torch.is_grad_enabled())
         if not torch.is_grad_enabled():
             return self._loss_fn(model, batch).mean()
         with saved_bytes(ignore=list(model.parameters())) as held:
@@ -139,15 +110,15 @@ class EntProg:
                 self.peak_bytes = max(self.peak_bytes, training_bytes(model, self._optimizer, held()))
         return loss
 
-    def _charge(self, backward: bool, batches: int = 1) -> None:
-        """Let the model clock run on by one pass over the blocks in their present modes."""
+    def _charge(self, batch: Any, backward: bool) -> None:
+        """Let the model clock run on by one pass of a batch over the blocks in their present modes."""
         if self._cost is not None:
             modes = {b.name: mode_of(b) for b in self.blocks}
             flops = self._cost.step(modes) if backward else self._cost.forward(modes)
-            self.model_seconds += batches * flops / MODEL_CLOCK_FLOPS
+            self.model_seconds += batch_size(batch) / self._cost.samples * flops / MODEL_CLOCK_FLOPS
 
     def _prediction(self, model: nn.Module, batch: Any) -> Tensor:
-        self._charge(backward=False)
+        self._charge(batch, backward=False)
         return self._predict(model, batch)
 
     def _try(self) -> None:
@@ -161,23 +132,7 @@ class EntProg:
             self._loss_fn(model, batch)
         finally:
             handle.remove()
-        return _first_tensor(seen[0])
-
-    def _sort_parameters(self, always: Sequence[str]) -> _Roles:
-        """Split what is outside blocks: named modules and the output head train always, the rest is stem.
-
-        The head is what first runs after the last block has run.
-        """
-        named = dict(self.model.named_parameters())
-        modules = dict(self.model.named_modules())
-        if unknown := [a for a in always if a not in named and a not in modules]:
-            raise ValueError(f"always names {unknown}, which the model lacks: its parts are {list(modules)[1:30]} ...")
-        inside = {id(p) for b in self.blocks for p in b.module.parameters()}
-        chosen = {id(named[a]) for a in always if a in named}
-        chosen |= {id(p) for a in always if a in modules for p in modules[a].parameters()}
-        chosen |= {id(p) for m in output_head(self.model, self.blocks, self._try) for p in m.parameters()}
-        outside = [p for p in named.values() if p.requires_grad and id(p) not in inside]
-        return _Roles([p for p in outside if id(p) in chosen], [p for p in outside if id(p) not in chosen])
+        return first_tensor(seen[0])
 
     # -- the loop's one call -----------------------------------------------------------------------------------------
 
@@ -235,7 +190,7 @@ class EntProg:
                 self._rank(progress)
         previous = self.candidate
         if stage == 0 or self.candidate is None:
-            self._show(Candidate(len(self.blocks)))  # roles and modes are defined from here on
+            self._show(Candidate(len(self.blocks)))  # modes are defined from here on
         schedule = SCHEDULES[self.settings.schedule]
         with self.ledger("search"):
             chosen = schedule(stage, self.settings.stages, len(self.blocks), self.settings, previous, self._search)
@@ -249,16 +204,23 @@ class EntProg:
         self._show(Candidate(count))
         self._step_cost()
         batches = self.decide(f"score batches at stage {self.stage}", self._batches_within_budget)
-        self.scores = score(
-            self.model,
-            self.blocks,
-            self._prediction,
-            islice(self.train_batches(), batches),
-            settings.priority,
-            loss_fn=self._loss,
-            t=self._t,
-            stop=stop,
-        )
+
+        def scored(priority: str) -> Scores:
+            return score(
+                self.model,
+                self.blocks,
+                self._prediction,
+                islice(self.train_batches(), batches),
+                priority,
+                loss_fn=self._loss,
+                t=self._t,
+                stop=stop,
+            )
+
+        self.scores = scored(settings.priority)
+        for other in settings.also_score:
+            beside = scored(other)
+            self._emit("score", progress, **asdict(beside), agreement=agreement(beside, self.scores))
         self.skip_order = self._order_for_skipping(min(int(settings.skip * count), count - 1))
         self._emit("score", progress, **asdict(self.scores), skip_order=self.skip_order)
 
@@ -316,7 +278,7 @@ class EntProg:
         active = [n for n, m in modes.items() if m == "train"]
         set_active(self.blocks, active, frozen={n: m for n, m in modes.items() if m != "train"})
         reached = {"always": True, "never": False, "late": self.blocks[0].name in active}[self.settings.stem]
-        for p in self.roles.stem:
+        for p in self.stem:
             p.requires_grad_(reached)
             if not reached:
                 p.grad = None
@@ -387,7 +349,9 @@ class EntProg:
     def _step_cost(self) -> StepCost:
         if self._cost is None:
             batch = next(iter(self.train_batches()))
-            self._cost = StepCost.measure(self.model, self.blocks, lambda: self._loss_fn(self.model, batch))
+            self._cost = StepCost.measure(
+                self.model, self.blocks, lambda: self._loss_fn(self.model, batch), batch_size(batch)
+            )
         return self._cost
 
     def estimate(self, candidate: Candidate) -> float:
@@ -434,13 +398,14 @@ class EntProg:
     def losses(self) -> Tensor:
         """Held-out losses (n,) of the whole network: fixed noise, raw weights, eval mode (Trial)."""
         with running(self.blocks, "train"):  # nothing sits out
-            self._charge(backward=False, batches=len(self.held_out))
+            for batch in self.held_out:
+                self._charge(batch, backward=False)
             return held_out_losses(self.model, self._loss_fn, self.held_out)
 
     def snapshot(self) -> Snapshot:
         """Copy everything training can change (Trial)."""
         assert self._optimizer is not None
-        parameters = [p for b in self.blocks for p in b.parameters()] + self.roles.always + self.roles.stem
+        parameters = [p for b in self.blocks for p in b.parameters()] + self.always + self.stem
         return Snapshot.take(parameters, self._optimizer)
 
     # -- state -------------------------------------------------------------------------------------------------------

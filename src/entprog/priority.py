@@ -12,7 +12,7 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
 
-from entprog.blocks import Block, evaluating, forked_rng
+from entprog.blocks import Block, batch_size, evaluating, forked_rng
 from entprog.cei import Scores, Stop, Times, by_skipping, cei, inflation, knn_entropy, make_scores, relative_change
 from entprog.cei import gaussian_entropy as gaussian
 from entprog.modes import LossFn, Predict, preserved, running, set_active
@@ -90,7 +90,7 @@ def block_influence(
 
     with evaluating(model), running(blocks, "train"):
         for batch in batches:
-            row = torch.zeros(_batch_size(batch), len(blocks))
+            row = torch.zeros(batch_size(batch), len(blocks))
             handles = [b.module.register_forward_hook(hook_for(i, row), with_kwargs=True) for i, b in enumerate(blocks)]
             try:
                 with forked_rng(0):
@@ -102,24 +102,38 @@ def block_influence(
     return make_scores("block_influence", [b.name for b in blocks], torch.cat(rows))
 
 
-def _batch_size(batch: Any) -> int:
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else [batch]
-    return next(len(v) for v in values if isinstance(v, Tensor) and v.ndim)
+def _samples(batch: Any) -> list[Any]:
+    """Split a dict of tensors with one first axis into its samples; any other batch stays whole."""
+    if not isinstance(batch, dict) or not all(isinstance(v, Tensor) and v.ndim for v in batch.values()):
+        return [batch]
+    counts = {len(v) for v in batch.values()}
+    if len(counts) != 1:
+        return [batch]
+    return [{k: v[i : i + 1] for k, v in batch.items()} for i in range(counts.pop())]
 
 
 def _block_gradients(model: nn.Module, blocks: Sequence[Block], loss_fn: LossFn, batch: Any) -> list[list[Tensor]]:
-    """Gradients of every block's parameters, all blocks trainable, noise from a fixed seed."""
+    """Gradients of every block's parameters, all blocks trainable, noise from a fixed seed.
+
+    One sample at a time, so that scoring with gradients of all blocks holds the activations of one sample only.
+    """
     parameters = [b.parameters() for b in blocks]
     flat = [p for group in parameters for p in group]
     pending = [p.grad for p in flat]
+    total = [torch.zeros_like(p) for p in flat]
+    samples = _samples(batch)
     with preserved(model, blocks), forked_rng(0), torch.enable_grad():
         for p in flat:
             p.grad = None
         set_active(blocks, blocks)
-        grads = torch.autograd.grad(loss_fn(model, batch), flat, allow_unused=True)
+        for sample in samples:
+            grads = torch.autograd.grad(loss_fn(model, sample), flat, allow_unused=True)
+            for sum_, g in zip(total, grads, strict=True):
+                if g is not None:
+                    sum_ += g / len(samples)
     for p, grad in zip(flat, pending, strict=True):
         p.grad = grad
-    filled = iter([torch.zeros_like(p) if g is None else g for p, g in zip(flat, grads, strict=True)])
+    filled = iter(total)
     return [[next(filled) for _ in group] for group in parameters]
 
 

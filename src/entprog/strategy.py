@@ -25,6 +25,7 @@ class Progressive:
     frozen: "bypass" (down to min_fidelity) or "pass". skip: largest share of blocks that may sit out, until
     restore_at of the run. stem: pretrained modules outside blocks train "late" (with block 0), "always" or "never".
     search_budget, score_budget: shares of a stage and of the run. rescore: rank again at every "stage" or "never".
+    also_score: priorities measured beside for the record, their rank correlation with the deciding one logged.
     """
 
     priority: str = "cei"
@@ -41,9 +42,11 @@ class Progressive:
     search_budget: float = 0.08
     score_budget: float = 0.02
     rescore: str = "never"
+    also_score: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        lookup(PRIORITIES, self.priority, "priority")
+        for priority in (self.priority, *self.also_score):
+            lookup(PRIORITIES, priority, "priority")
         lookup(SCHEDULES, self.schedule, "schedule")
         lookup(SEARCHES, self.search, "search")
         for name, choices in (

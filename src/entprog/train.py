@@ -9,6 +9,7 @@ position in the stream of batches (data/batches.py).
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,14 +19,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from entprog.blocks import find_blocks, record_example
+from entprog.cei import Scores
 from entprog.checkpoint import RunLog, load_checkpoint, save_checkpoint
 from entprog.config import RunConfig
 from entprog.data.batches import Data, batch_at, fixed_batches, to_device
-from entprog.measure import MODEL_CLOCK_FLOPS, NET, Ledger, StepCost, now, saved_bytes, training_bytes
+from entprog.measure import MODEL_CLOCK_FLOPS, NET, Ledger, StepCost, held_out_losses, now, saved_bytes, training_bytes
 from entprog.models.pretrained import loss_fn, predict_fn
 from entprog.modes import running, set_mode
 from entprog.objective import OBJECTIVES
-from entprog.plugin import EntProg, held_out_losses
+from entprog.plugin import EntProg
 from entprog.strategy import add_lora
 
 NEW_MODULES = ("pose_guider",)  # what PoseDiT gets for the task: trains throughout, in every strategy
@@ -168,10 +170,11 @@ class Trainer:
         if record["event"] == "score":
             path = f"scores/{record['priority']}-{record['step']:06d}.json"
             (self.out / "scores").mkdir(exist_ok=True)
-            kept = {k: v for k, v in record.items() if k not in ("event", "step", "progress", "skip_order")}
+            kept = {k: v for k, v in record.items() if k in {f.name for f in fields(Scores)}}
             (self.out / path).write_text(json.dumps(kept, indent=1) + "\n")
             short = ("event", "step", "progress", "priority", "samples", "share_negative", "zero", "stopped_early")
-            record = {k: record[k] for k in short} | {"path": path, "skip_order": record["skip_order"]}
+            beside = {k: record[k] for k in ("skip_order", "agreement") if k in record}
+            record = {k: record[k] for k in short} | {"path": path} | beside
         self.log.append(record | {"net_seconds": self.net_seconds()})
 
     def _decide(self, key: str, compute: Callable[[], Any]) -> Any:
@@ -219,7 +222,7 @@ class Trainer:
         if self.prog is None:
             return
         before = self.prog.model_seconds
-        self._set_lr(progress)  # a search trains at this rate
+        self._set_lr(max(progress, self.config.lr_warmup))  # a search trains at this rate, past the warm-up
         with self.ledger("training"):
             self.prog.step(self.step, self.optimizer, progress)
         self.model_seconds += self.prog.model_seconds - before
