@@ -9,7 +9,7 @@ clips that follow a swapped pose and a swapped reference.
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from entprog.bench import environment, train_run
 from entprog.cli import progress_bar
-from entprog.config import RunConfig
+from entprog.config import demo
 from entprog.data.synthetic import swapped
 from entprog.metrics.swap import swap_scores
 from entprog.models.pretrained import load_model
@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for strategy in args.strategies:
-        config = RunConfig(strategy=strategy, seconds=args.seconds, clips=4096, held_out_clips=64, lr_warmup=0.01)
+        config = replace(demo(strategy, args.seconds), clips=4096, held_out_clips=64)
         with progress_bar() as show:
             results = train_run(config, args.out / strategy, show)
         model = load_model(str(args.out / strategy / "checkpoints" / "final"))

@@ -1,8 +1,8 @@
 """Strategies: the settings of a run. STRATEGIES is the table: a name -> the Progressive to run, or None.
 
 `Progressive` is the setting: the Priority ranks the blocks, the Schedule says how many train and how many sit out.
-Ent-Prog is Progressive(priority="cei", schedule="adaptive"); every ablation changes one word. plugin.py carries a
-setting out in a training loop. `full` and `lora` train the same parameters at every step and need none.
+The paper's Ent-Prog is Progressive(priority="cei", schedule="adaptive"); every ablation changes one word. plugin.py
+carries a setting out in a training loop. `full` and `lora` train the same parameters at every step and need none.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,13 +62,16 @@ class Progressive:
 
 
 def ent_prog() -> Progressive:
-    """Ours: CEI order, blocks that change the prediction least sit out and come back, the rest bypassed."""
-    return Progressive()
+    """Ours: order by first-order gain with CEI measured beside it, frozen blocks bypassed, two raced stages.
+
+    docs/log.md of 2026-11-22 holds why: gain follows the oracle where CEI does not, and nothing sits out.
+    """
+    return Progressive(priority="gain", also_score=("cei",), stages=2, grid=(0.25, 0.5, 1.0), min_fidelity=0.9)
 
 
 def paper() -> Progressive:
     """As published: signed CEI, gradients through frozen blocks, paired supernet, four stages."""
-    return Progressive(frozen="pass", search="paired", stages=4)
+    return Progressive(priority="cei", frozen="pass", search="paired", stages=4)
 
 
 STRATEGIES: dict[str, Callable[[], Progressive | None]] = {
