@@ -173,7 +173,7 @@ def tiny_wan(dim: int = 256, layers: int = 12, seed: int = 0) -> tuple[nn.Module
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: nn.Module = WanTransformer3DModel(
+        model: Any = WanTransformer3DModel(
             patch_size=(1, 2, 2), num_attention_heads=dim // 64, attention_head_dim=64, in_channels=16, out_channels=16,
             text_dim=128, freq_dim=256, ffn_dim=4 * dim, num_layers=layers, cross_attn_norm=True,
             qk_norm="rms_norm_across_heads", rope_max_seq_len=64,

@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad input.
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,26 +54,41 @@ def progress_bar() -> Iterator[Any]:
 
 
 def _results_table(runs: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="equal net time, held-out clips")
-    for column in ("strategy", "net s", "steps", "held-out loss", "SSIM", "PSNR", "peak MiB", "scoring", "search",
-                   "full's loss after", "net speed-up"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "strategy" else "right")
-    for name, run in runs.items():
-        held, quality = run["held_out"], run["metrics"]
-        half = (held["interval"][1] - held["interval"][0]) / 2
-        reached, faster = run.get("time_to_full_loss"), run.get("net_speedup")
-        table.add_row(
-            name,
-            f"{run['net_seconds']:.1f}",
-            str(run["steps"]),
-            f"{held['loss']:.4f} ± {half:.4f}",
-            *(f"{quality[m]['mean']:.3f}" if m in quality else "-" for m in ("ssim", "psnr")),
-            f"{run['peak_bytes'] / 2**20:.0f}",
-            f"{run['scoring_share']:.1%}",
-            f"{run['search_share']:.1%}",
-            f"{reached:.0f} s" if reached else "not reached",
-            f"{faster:.2f}x" if faster else "-",
-        )
+    """One column per strategy, so that the table fits a narrow terminal."""
+
+    def quality(run: dict[str, Any], name: str, form: str) -> str:
+        return format(run["metrics"][name]["mean"], form) if name in run["metrics"] else "-"
+
+    def held_out(run: dict[str, Any]) -> str:
+        low, high = run["held_out"]["interval"]
+        return f"{run['held_out']['loss']:.4f} ± {(high - low) / 2:.4f}"
+
+    def against_full(run: dict[str, Any]) -> str:
+        low, high = run["against_full"]["interval"]
+        return f"{run['against_full']['difference']:+.4f} ({low:+.4f} .. {high:+.4f})"
+
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("net seconds", lambda r: f"{r['net_seconds']:.1f}"),
+        ("steps", lambda r: str(r["steps"])),
+        ("held-out loss", held_out),
+        ("SSIM", lambda r: quality(r, "ssim", ".3f")),
+        ("PSNR, dB", lambda r: quality(r, "psnr", ".2f")),
+        ("peak memory, MiB", lambda r: f"{r['peak_bytes'] / 2**20:.0f}"),
+        ("mean memory, MiB", lambda r: f"{r['mean_bytes'] / 2**20:.0f}"),
+        ("scoring, search", lambda r: f"{r['scoring_share']:.1%}, {r['search_share']:.1%}"),
+    ]
+    if len(runs) > 1:
+        rows += [
+            ("loss - full's, paired", against_full),
+            ("full's loss reached", lambda r: f"{t:.0f} s" if (t := r["time_to_full_loss"]) else "never"),
+            ("sooner, net", lambda r: f"{x:.2f}x" if (x := r["net_speedup"]) else "-"),
+        ]
+    table = Table(title="held-out clips" + (", equal net time" if len(runs) > 1 else ""))
+    table.add_column("")
+    for name in runs:
+        table.add_column(name, justify="right")
+    for label, cell in rows:
+        table.add_row(label, *(cell(run) for run in runs.values()))
     return table
 
 
@@ -136,6 +151,9 @@ def _score(args: argparse.Namespace) -> None:
     objective = OBJECTIVES[config.objective]
     predict, loss = predict_fn(objective), loss_fn(objective)
     blocks = find_blocks(model, record_example(model, lambda: predict(model, batches[0])))
+    if args.conditions:
+        _print_conditions(model, blocks, predict, batches)
+        return
     with console.status(f"scoring {len(blocks)} blocks on {len(data['video'])} clips"):
         scores = score(model, blocks, predict, batches, args.priority, loss_fn=lambda m, b: loss(m, b).mean(),
                        t=lambda batch: batch["t"])  # fmt: skip
@@ -149,6 +167,24 @@ def _score(args: argparse.Namespace) -> None:
     if args.out:
         scores.save(args.out)
         console.print(f"scores: {args.out}")
+
+
+def _print_conditions(model: Any, blocks: Any, predict: Any, batches: Any) -> None:
+    """Show CEI with all conditions and with each one dropped."""
+    from entprog.cei import cei_per_condition
+    from entprog.data.batches import CONDITIONS
+
+    ways = {"all conditions": predict}
+    for name in CONDITIONS:
+        ways[f"without {name}"] = lambda m, b, name=name: predict(m, {k: v for k, v in b.items() if k != name})
+    with console.status(f"scoring {len(blocks)} blocks {len(ways)} ways"):
+        found = cei_per_condition(model, blocks, ways, batches)
+    table = Table(title="CEI per condition")
+    for column in ("block", *found):
+        table.add_column(column, justify="right")
+    for block in blocks:
+        table.add_row(block.name, *(f"{scores.values[block.name]:+.4f}" for scores in found.values()))
+    console.print(table)
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -204,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("config", nargs="?", help="YAML file (default: the embedded base on drawn figures)")
     score.add_argument("overrides", nargs="*", metavar="key=value")
     score.add_argument("--priority", default="cei", help="a row of PRIORITIES (default: %(default)s)")
+    score.add_argument("--conditions", action="store_true", help="CEI with each condition dropped in turn")
     score.add_argument("--samples", type=int, default=64, help="drawn clips to score on (default: %(default)s)")
     score.add_argument("--out", help="write the scores as JSON")
     score.set_defaults(function=_score)

@@ -205,7 +205,7 @@ class EntProg:
         self._step_cost()
         batches = self.decide(f"score batches at stage {self.stage}", self._batches_within_budget)
 
-        def scored(priority: str) -> Scores:
+        def scored(priority: str, batches: int) -> Scores:
             return score(
                 self.model,
                 self.blocks,
@@ -217,9 +217,9 @@ class EntProg:
                 stop=stop,
             )
 
-        self.scores = scored(settings.priority)
+        self.scores = scored(settings.priority, batches)
         for other in settings.also_score:
-            beside = scored(other)
+            beside = scored(other, max(2, batches // 2))  # for the record, at half the price
             self._emit("score", progress, **asdict(beside), agreement=agreement(beside, self.scores))
         self.skip_order = self._order_for_skipping(min(int(settings.skip * count), count - 1))
         self._emit("score", progress, **asdict(self.scores), skip_order=self.skip_order)

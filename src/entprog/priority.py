@@ -166,10 +166,10 @@ def gain(
     t: Times | None = None,
     stop: Stop | None = None,
 ) -> Scores:
-    """First-order drop of one batch's loss by an Adam step on the others, per parameter of the block.
+    """First-order drop of one batch's loss by an Adam step of rate 1 on the others, per cost of the block.
 
     g_b = <gradient of batch i, m / (sqrt(v) + eps)>, with m and v the mean gradient and mean square over the other
-    batches. Divided by the block's parameters, which stand for its cost, so that unequal blocks compare per second.
+    batches. Divided by the block's parameters relative to the mean block's, which stand for its cost.
     ValueError with fewer than two batches.
     """
     fn = _needs(loss_fn, "gain")
@@ -178,17 +178,19 @@ def gain(
         raise ValueError(
             f"priority 'gain' needs at least 2 batches, one to step on and one to judge by: got {len(grads)}"
         )
+    sizes = [sum(p.numel() for p in b.parameters()) for b in blocks]
+    cost = [size / (sum(sizes) / len(sizes)) for size in sizes]
     rows = []
     for i, held in enumerate(grads):
         others = [g for j, g in enumerate(grads) if j != i]
         row = []
-        for b, block in enumerate(blocks):
+        for b in range(len(blocks)):
             value = 0.0
             for k, g in enumerate(held[b]):
                 stack = torch.stack([o[b][k] for o in others])
                 direction = stack.mean(0) / (stack.square().mean(0).sqrt() + 1e-8)
                 value += float((g * direction).sum())
-            row.append(value / sum(p.numel() for p in block.parameters()))
+            row.append(value / cost[b])
         rows.append(row)
     return make_scores("gain", [b.name for b in blocks], torch.tensor(rows))
 
