@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from entprog.config import RunConfig
 from entprog.data.synthetic import figures
+from entprog.ema import Ema
 from entprog.measure import NET
 from entprog.models.pose_dit import PoseDiT, pose_dit
 from entprog.strategy import STRATEGIES
-from entprog.train import Ema, Trainer
+from entprog.train import Trainer
 
 TINY = RunConfig(
     steps=24, clips=16, held_out_clips=8, size=8, frames=2, batch_size=2, evaluations=2, checkpoint_every=5, stages=2,
@@ -31,7 +32,7 @@ def tiny_model() -> PoseDiT:
 
 
 def make(config, out):
-    data, held_out = figures(16, size=8, frames=2), figures(8, size=8, frames=2, seed=5)
+    data, held_out = figures(24, size=8, frames=2), figures(8, size=8, frames=2, seed=5)
     return Trainer(config, tiny_model(), data, held_out, out)
 
 
@@ -159,7 +160,7 @@ def test_full_matches_a_plain_loop(tmp_path):
         count = round(end * 24) - round(begin * 24)
         for i in range(count):
             optimizer.param_groups[0]["lr"] = reference._lr(begin + (end - begin) * i / count)
-            reference.loss_fn(model, reference._batch(step)).mean().backward()
+            reference.loss_fn(model, reference._batch(step, complete=step == 0)).mean().backward()
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -197,3 +198,20 @@ def test_the_toy_survives_a_real_kill(tmp_path):
         process.wait()
     subprocess.run([*command, str(tmp_path / "broken")], check=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+
+
+def test_another_configuration_is_refused_in_a_run_folder(tmp_path):
+    make(TINY, tmp_path).run()
+    with pytest.raises(ValueError, match=r"another configuration.*'lr': \(0.003, 0.5\)"):
+        make(replace(TINY, lr=0.5), tmp_path).run()
+
+
+def test_never_trained_blocks_stay_as_they_were_with_an_average(tmp_path):
+    config = replace(TINY, strategy="ent-prog", schedule="fixed", active_share=0.25, ema_decay=0.9, clock="wall")
+    trainer = make(config, tmp_path)
+    start = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.run()
+    trained = {n for e in trainer.prog.events if e["event"] == "modes" for n in e["active"]}
+    for name, value in weights(tmp_path).items():
+        if name.startswith("blocks.") and not any(name.startswith(f"{t}.") for t in trained):
+            assert torch.equal(value, start[name]), name

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from entprog.blocks import Block, find_blocks, record_example
-from entprog.config import RunConfig
+from entprog.config import RunConfig, check_same
 from entprog.data.batches import Data, load_data
 from entprog.measure import count_flops, now, saved_bytes
 from entprog.metrics.frame import psnr, ssim
@@ -88,6 +88,7 @@ def save_samples(folder: Path, drawn: Tensor, clips: Data, fps: float = 8) -> No
 
 def train_run(config: RunConfig, out: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Do one run from configuration to results: load, train (or resume), sample, measure. Returns results.json."""
+    check_same(config, out)
     finished = out / "results.json"
     if finished.exists() and "metrics" in (done := json.loads(finished.read_text())):
         return done
@@ -126,21 +127,24 @@ def paired_difference(losses: Sequence[float], others: Sequence[float]) -> dict[
 
 
 def with_speedups(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Add to each run when it reached full training's final held-out loss, and how many times sooner.
+    """Add to each run when it reached full training's final held-out loss, and how many times sooner than full did.
 
-    Net counts scoring and search, gross does not. None where the loss was not reached or there is no `full`.
+    Net counts scoring and search, gross leaves out what they took up to then. None where the
+    loss was not reached or there is no `full`.
     """
     full = runs.get("full")
+    goal = full["curve"][-1]["loss"] if full else None
+    slow = time_to(full["curve"], goal) if full else None  # full may have been there before its end
     out = {}
     for name, run in runs.items():
-        reached = time_to(run["curve"], full["curve"][-1]["loss"]) if full else None
+        reached = time_to(run["curve"], goal) if goal is not None else None
         extra: dict[str, Any] = {"time_to_full_loss": reached, "net_speedup": None, "gross_speedup": None}
         if full:
             extra["against_full"] = paired_difference(run["held_out_losses"], full["held_out_losses"])
-        if full and reached:
-            overhead = (run["scoring_share"] + run["search_share"]) * run["net_seconds"]
-            extra["net_speedup"] = full["net_seconds"] / reached
-            extra["gross_speedup"] = full["net_seconds"] / max(reached - overhead, 1e-9)
+        if slow and reached:
+            overhead = max(p.get("overhead_seconds", 0.0) for p in run["curve"] if p["net_seconds"] <= reached)
+            extra["net_speedup"] = slow / reached
+            extra["gross_speedup"] = slow / max(reached - overhead, 1e-9)
         out[name] = run | extra
     return out
 

@@ -46,7 +46,11 @@ class RunLog:
         which gives the same where no clock is read. A last line that a crash cut short is dropped.
         """
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        events = [json.loads(line) for line in lines if line.endswith("}")]
+        try:
+            json.loads(lines[-1] if lines else "{}")
+        except json.JSONDecodeError:
+            lines.pop()
+        events = [json.loads(line) for line in lines]
         kept = events[:keep] + [e for e in events[keep:] if replay and e["event"] == "decision"]
         self.decisions = {e["key"]: e["value"] for e in kept if e["event"] == "decision"}
         partial = self.path.with_suffix(".partial")
@@ -62,6 +66,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     partial.mkdir(parents=True)
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial / "state.safetensors")
     (partial / "state.json").write_text(json.dumps(state))
+    for path in partial.iterdir():  # on disk before the name says so
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     target = folder / f"{step:08d}"
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)

@@ -121,6 +121,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return make_config(values)
 
 
+def check_same(config: RunConfig, folder: Path) -> None:
+    """Refuse to go on in a run folder that was begun with another configuration.
+
+    ValueError with the keys that differ, their saved and present values.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    saved, mine = yaml.safe_load(path.read_text()), asdict(config)
+    differing = {k: (saved.get(k), v) for k, v in mine.items() if saved.get(k) != v}
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run with another configuration; (saved, now): {differing}. Choose another --out, or "
+            "delete the folder to begin anew"
+        )
+
+
 # The best of the rates tried for each on the figures; docs/log.md has them all.
 DEMO_RATES = {"full": 1e-3, "lora": 5e-3, "ent-prog": 1e-3, "paper": 1e-3}
 

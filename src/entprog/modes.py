@@ -9,7 +9,8 @@
 
 `train` and `pass` need nothing from us. The others replace the module's `forward` on the instance by a bound method,
 with the mode kept on the module: a deep copy of the model then runs its own weights. A block of which any parameter
-requires a gradient always runs normally, so nothing trainable is ever cut.
+requires a gradient always runs normally, so nothing trainable inside a block is ever cut; what trains in front of a
+bypassed block gets its gradient through the stream only, not through conditioning arguments.
 """
 
 import types
@@ -22,10 +23,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from entprog.blocks import Arguments, Block, Outputs, by_name, evaluating, forked_rng, probe
+from entprog.blocks import Arguments, Block, Outputs, by_name, evaluating, first_tensor, forked_rng, probe
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Predict = Callable[[nn.Module, Any], Tensor]
+
+
+def predict_by_loss(loss_fn: LossFn) -> Predict:
+    """Return predict(model, batch): the first tensor of the forward pass that loss_fn makes."""
+
+    def predict(model: nn.Module, batch: Any) -> Tensor:
+        seen: list[Any] = []
+        handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            loss_fn(model, batch)
+        finally:
+            handle.remove()
+        return first_tensor(seen[0])
+
+    return predict
 
 
 @dataclass
@@ -184,9 +200,8 @@ def set_active(blocks: Sequence[Block], active: Iterable[Any], frozen: str | Map
     """Train the blocks in `active` and freeze the others, each in its backward mode.
 
     `active` holds names or Blocks; `frozen` is one mode for all frozen blocks or a dict name -> mode, in which blocks
-    left out get `pass`. Only parameters inside blocks are touched: requires_grad is set, and the gradient of what
-    freezes becomes None (with zeros AdamW would keep moving it). ValueError for an unknown name or mode, RuntimeError
-    when a block that changes still holds a gradient no optimizer step has used.
+    left out get `pass`. Only requires_grad inside blocks is touched. ValueError for an unknown name or mode;
+    RuntimeError when a block that changes still holds a gradient, even of zeros, which would keep AdamW moving it.
     """
     blocks = list(blocks)
     trained = set(by_name(blocks, active))
@@ -254,8 +269,9 @@ def fidelity(
     """Compare the gradients with `bypass` bypassed against the exact ones, same batch and noise.
 
     cosine = <g, g*> / |g||g*| and norm_ratio = |g| / |g*| over the parameters of the active blocks;
-    new_modules_cosine the same cosine over the parameters outside blocks that require a gradient, None if there are
-    none. Blocks in `skipped` sit out on both sides. Costs two backward passes; leaves the model as it was.
+    new_modules_cosine the same cosine over the parameters outside blocks that require a gradient and do not get it
+    exactly (the output head does), None if nothing outside blocks trains. Blocks in `skipped` sit out on both
+    sides. Costs two backward passes; leaves the model as it was.
     """
     blocks = list(blocks)
     curve = _fidelities(model, blocks, loss_fn, [batch], by_name(blocks, active), by_name(blocks, skipped))
@@ -294,7 +310,9 @@ def _fidelities(
         for g, e in zip(measured(bypassed), exact, strict=True):
             c, r = _agreement(g[: len(inside)], e[: len(inside)])
             cosine, ratio = cosine + c / len(exact), ratio + r / len(exact)
-            new += _agreement(g[len(inside) :], e[len(inside) :])[0] / len(exact)
+            pairs = zip(g[len(inside) :], e[len(inside) :], strict=True)
+            touched = [(a, b) for a, b in pairs if not torch.equal(a, b)]  # behind the blocks gradients stay exact
+            new += (_agreement([a for a, _ in touched], [b for _, b in touched])[0] if touched else 1.0) / len(exact)
         return {"cosine": cosine, "norm_ratio": ratio, "new_modules_cosine": new if outside else None}
 
     return fidelity_of

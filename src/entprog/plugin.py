@@ -4,6 +4,7 @@ It ranks the blocks, searches how many pay, freezes, unfreezes and sets modes wh
 supernet's Trial: it trains on the caller's batches with the caller's loss and optimizer.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -12,14 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprog.blocks import Block, batch_size, find_blocks, first_tensor, forked_rng, outside_blocks, record_example
+from entprog.blocks import Block, batch_size, find_blocks, forked_rng, outside_blocks, record_example
 from entprog.cei import Scores, Stop
-from entprog.measure import MODEL_CLOCK_FLOPS, Ledger, StepCost, held_out_losses, now, saved_bytes, training_bytes
-from entprog.modes import LossFn, Predict, choose_bypass, choose_skips, mode_of, running, set_active
+from entprog.measure import (
+    MODEL_CLOCK_FLOPS,
+    Ledger,
+    StepCost,
+    held_out_losses,
+    now,
+    saved_bytes,
+    tensor_bytes,
+    training_bytes,
+)
+from entprog.modes import LossFn, Predict, choose_bypass, choose_skips, mode_of, predict_by_loss, running, set_active
 from entprog.priority import agreement, score
-from entprog.schedule import SCHEDULES, Candidate, at_least_one
+from entprog.schedule import SCHEDULES, Candidate, at_least_one, block_modes, block_sets
 from entprog.strategy import Progressive, ent_prog
-from entprog.supernet import SEARCHES, TIMING_STEPS, Snapshot
+from entprog.supernet import SEARCHES, TIMING_STEPS, BatchStream, SearchResult, Snapshot
 
 Decide = Callable[[str, Callable[[], Any]], Any]
 
@@ -32,12 +42,11 @@ class EntProg:
             prog.step(step, optimizer)
             loss_fn(model, batch).backward(); optimizer.step(); optimizer.zero_grad(set_to_none=True)
 
-    loss_fn(model, batch): scalar or per-sample (B,) loss. held_out: a batch or list of batches; evaluated with fixed
-    noise, one loss per batch or sample. train_batches: callable that yields the batches that scoring and searching
-    may use. predict: raw prediction (B, ...), by default the first tensor of the forward that loss_fn makes. backward:
-    backward(loss), with scaler and clipping. always: names of modules or parameters made for this task. t(batch) ->
-    (B,) times for per-tau scores. ledger: charged with scoring and search. decide(key, compute): returns compute(),
-    or what was recorded under the key before a resume; every decision that depends on a clock goes through it.
+    loss_fn(model, batch): scalar or per-sample (B,) loss. held_out: a batch or list of batches that judge searches.
+    train_batches: callable that yields what searches train on (begun again when it runs out) and, unless score_batches
+    is given, what scores are taken on. predict: raw prediction (B, ...), by default the first tensor of the forward
+    that loss_fn makes. backward: backward(loss), with scaler and clipping. always: names of what was made for the task. t(batch) -> (B,) times for per-tau scores. ledger: charged with scoring and search.
+    decide(key, compute): returns compute(), or what was recorded under the key before a resume.
 
     Build it before any wrapper (DDP, torch.compile). It never touches `param_groups`; outside blocks it never enables
     a parameter that was frozen when it was built.
@@ -62,22 +71,25 @@ class EntProg:
         ledger: Ledger | None = None,
         decide: Decide | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
-        after_step: Callable[[], None] | None = None,
+        score_batches: Callable[[], Iterable[Any]] | None = None,
     ) -> None:
         if clock not in ("wall", "model"):
             raise ValueError(f"clock {clock!r} is unknown: choose 'wall' or 'model'")
         if type(model).__name__ in ("DistributedDataParallel", "OptimizedModule"):
             raise ValueError(
-                f"EntProg was given a model wrapped by {type(model).__name__}: build it on the bare model first, then "
-                "wrap (torch.compile: compile each block with block.module.compile())"
+                f"EntProg was given a model wrapped by {type(model).__name__}: build it on the bare model. For "
+                "torch.compile, compile each block with block.module.compile(); data parallel is not supported yet"
             )
         self.settings = strategy or ent_prog()
         self.model, self.total_steps, self.clock, self.seconds = model, total_steps, clock, seconds
         self.held_out = list(held_out) if isinstance(held_out, list | tuple) else [held_out]
         self.train_batches, self._loss_fn, self._t = train_batches, loss_fn, t
         self._backward = backward or (lambda loss: loss.backward())
-        self._after_step = after_step or (lambda: None)
-        self._predict = predict or self._predict_by_loss
+        self._score_batches = score_batches or train_batches
+        self._stream = BatchStream(train_batches)
+        self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self._bypass_sets: dict[Candidate, tuple[list[str], list[dict[str, Any]]]] = {}
+        self._predict = predict or predict_by_loss(loss_fn)
         self.ledger = ledger or Ledger()
         self._on_event = on_event or (lambda event: None)
         self.decisions: dict[str, Any] = {}
@@ -92,12 +104,11 @@ class EntProg:
         self.stage = -1
         self.last_step = -1
         self.search_steps = 0  # batches of the stream that searches have trained on
-        self.peak_bytes = 0  # of searching and measuring fidelity
+        self.peak_bytes = 0  # of scoring, searching and measuring fidelity in this stage
+        self._held_bytes = 0  # gradients that a score keeps of all its batches
         self.model_seconds = 0.0  # of scoring, searching and measuring fidelity, by the model clock
         self._cost: StepCost | None = None
         self._optimizer: torch.optim.Optimizer | None = None
-
-    # -- what the loop gave us -----------------------------------------------------------------------------------------
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean loss; whatever needs gradients in here counts towards the run's peak memory."""
@@ -107,7 +118,8 @@ class EntProg:
         with saved_bytes(ignore=list(model.parameters())) as held:
             loss = self._loss_fn(model, batch).mean()
             if self._optimizer is not None:
-                self.peak_bytes = max(self.peak_bytes, training_bytes(model, self._optimizer, held()))
+                kept = held() + self._held_bytes + sum(s.bytes() for s in self._snapshots)
+                self.peak_bytes = max(self.peak_bytes, training_bytes(model, self._optimizer, kept))
         return loss
 
     def _charge(self, batch: Any, backward: bool) -> None:
@@ -124,18 +136,6 @@ class EntProg:
     def _try(self) -> None:
         self._loss_fn(self.model, self.held_out[0])
 
-    def _predict_by_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the first tensor of the forward pass that loss_fn makes."""
-        seen: list[Any] = []
-        handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
-        try:
-            self._loss_fn(model, batch)
-        finally:
-            handle.remove()
-        return first_tensor(seen[0])
-
-    # -- the loop's one call -----------------------------------------------------------------------------------------
-
     @property
     def active(self) -> list[str]:
         """Names of the blocks that train now, in execution order."""
@@ -151,13 +151,15 @@ class EntProg:
             return
         if progress is None:
             progress = min(step / self.total_steps, 1 - 1e-9)
-        self._optimizer, self.last_step = optimizer, step
+        self._optimizer = optimizer
         stage = min(int(progress * self.settings.stages + 1e-9), self.settings.stages - 1)
-        if stage != self.stage:
+        restores = self.candidate is not None and self.candidate.skipped and progress >= self.settings.restore_at
+        if stage != self.stage or restores:
             self._check_no_gradients()
+        self.last_step = step
+        if stage != self.stage:
             self._begin_stage(stage, progress)
         if self.candidate and self.candidate.skipped and progress >= self.settings.restore_at:
-            self._check_no_gradients()
             self._enter(Candidate(self.candidate.active), progress, reason="restored")
 
     def boundaries(self) -> list[float]:
@@ -184,7 +186,8 @@ class EntProg:
         return self.decisions[key]
 
     def _begin_stage(self, stage: int, progress: float) -> None:
-        self.stage = stage
+        self.stage, self.peak_bytes = stage, 0
+        self._bypass_sets, self._stream = {}, BatchStream(self.train_batches)
         if self.scores is None or self.settings.rescore == "stage":
             with self.ledger("scoring"):
                 self._rank(progress)
@@ -210,14 +213,17 @@ class EntProg:
                 self.model,
                 self.blocks,
                 self._prediction,
-                islice(self.train_batches(), batches),
+                islice(self._score_batches(), batches),
                 priority,
                 loss_fn=self._loss,
                 t=self._t,
                 stop=stop,
             )
 
+        if settings.priority == "gain":  # holds every batch's gradients until all are there
+            self._held_bytes = batches * tensor_bytes(p for b in self.blocks for p in b.parameters())
         self.scores = scored(settings.priority, batches)
+        self._held_bytes = 0
         for other in settings.also_score:
             beside = scored(other, max(2, batches // 2))  # for the record, at half the price
             self._emit("score", progress, **asdict(beside), agreement=agreement(beside, self.scores))
@@ -232,47 +238,61 @@ class EntProg:
         assert self.scores is not None
         if not count or self.scores.changes:
             return sorted(self.scores.changes, key=lambda name: self.scores.changes[name])  # type: ignore[union-attr]
-        batch = next(iter(self.train_batches()))
+        batch = next(iter(self._score_batches()))
         keep = self.scores.ranking[:1]
         return [s["name"] for s in choose_skips(self.model, self.blocks, self._prediction, batch, count, keep)]
 
     def _batches_within_budget(self) -> int:
-        """Return how many batches score_budget pays for, at least 4 and at most 64."""
+        """Return how many batches score_budget pays for, at least 4 and at most 64.
+
+        In full steps, a batch costs a priority with gradients 1 and one that skips blocks 1/3 + L/6.
+        """
         if self.seconds is None:
             return 8
-        cost = self._step_cost()
-        per_batch = (1 + len(self.blocks) / 2) * cost.forward({}) / cost.step({}) * self._full_step_seconds()
+        by_skipping = (1 + len(self.blocks) / 2) / 3
+        steps = 1.0 if self.settings.priority in ("gain", "grad_norm") else by_skipping
+        steps += 0.5 * by_skipping * len(self.settings.also_score)
+        per_batch = steps * self._full_step_seconds()
         return int(min(64, max(4, self.settings.score_budget * self.seconds / per_batch)))
 
-    # -- candidates --------------------------------------------------------------------------------------------------
-
     def _sets(self, candidate: Candidate) -> tuple[list[str], list[str]]:
-        """Names of the trainable and the skipped blocks of a candidate."""
         ranking = self.scores.ranking if self.scores else [b.name for b in self.blocks]
-        active = ranking[: candidate.active]
-        order = [n for n in self.skip_order if n not in active] + [n for n in reversed(ranking) if n not in active]
-        skipped = list(dict.fromkeys(order))[: candidate.skipped]
-        return active, skipped
+        return block_sets(candidate, ranking, self.skip_order)
 
-    def _show(self, candidate: Candidate, bypassed: Sequence[str] | None = None) -> None:
-        """Run the blocks as a candidate says."""
-        self._apply(self._modes_of(candidate, bypassed))
+    def _show(self, candidate: Candidate) -> None:
+        """Run the blocks as a candidate says, with the bypass set its fidelity allows."""
+        self._apply(self._modes_of(candidate, self._bypass_set(candidate)[0]))
+
+    def _bypass_set(self, candidate: Candidate) -> tuple[list[str], list[dict[str, Any]]]:
+        """Choose what a candidate bypasses, once a stage, before it trains a step: (names, measured fidelities)."""
+        if candidate not in self._bypass_sets:
+            self._bypass_sets[candidate] = self._chosen_bypass(candidate)
+        return self._bypass_sets[candidate]
+
+    def _chosen_bypass(self, candidate: Candidate) -> tuple[list[str], list[dict[str, Any]]]:
+        active, skipped = self._sets(candidate)
+        frozen = [b.name for b in self.blocks if b.name not in active and b.name not in skipped]
+        if not frozen or self.settings.frozen == "pass" or self.scores is None:
+            return [], []
+        with self.ledger("search"):
+            return choose_bypass(
+                self.model,
+                self.blocks,
+                self._loss,
+                list(islice(self._score_batches(), 2)),
+                active,
+                [n for n in reversed(self.scores.ranking) if n in frozen],
+                min_fidelity=self.settings.min_fidelity,
+                skipped=skipped,
+            )
 
     def _modes_of(self, candidate: Candidate, bypassed: Sequence[str] | None = None) -> dict[str, str]:
         """Every block's mode; without `bypassed` all frozen blocks that do not sit out are bypassed if allowed."""
         active, skipped = self._sets(candidate)
-        exact = "pass" if self.settings.frozen == "pass" else "prefix"
-        modes = {}
-        for block in self.blocks:
-            if block.name in active:
-                modes[block.name] = "train"
-            elif block.name in skipped:
-                modes[block.name] = "skip"
-            elif exact == "prefix" and (bypassed is None or block.name in bypassed):
-                modes[block.name] = "bypass"
-            else:
-                modes[block.name] = exact
-        return modes
+        names = [b.name for b in self.blocks]
+        if self.settings.frozen == "pass":
+            return block_modes(names, active, skipped, (), "pass")
+        return block_modes(names, active, skipped, names if bypassed is None else bypassed, "prefix")
 
     def _apply(self, modes: dict[str, str]) -> None:
         active = [n for n, m in modes.items() if m == "train"]
@@ -285,26 +305,10 @@ class EntProg:
         self.modes = modes
 
     def _enter(self, candidate: Candidate, progress: float, reason: str) -> None:
-        """Settle on a candidate: choose its bypass set by fidelity and say so."""
+        """Settle on a candidate and say so."""
         self.candidate = candidate
         self._show(candidate)
-        active, skipped = self._sets(candidate)
-        curve: list[dict[str, Any]] = []
-        frozen = [b.name for b in self.blocks if b.name not in active and b.name not in skipped]
-        if frozen and self.settings.frozen == "bypass":
-            ascending = [n for n in reversed(self.scores.ranking if self.scores else []) if n in frozen]
-            with self.ledger("search"):
-                bypassed, curve = choose_bypass(
-                    self.model,
-                    self.blocks,
-                    self._loss,
-                    list(islice(self.train_batches(), 1)),
-                    active,
-                    ascending,
-                    min_fidelity=self.settings.min_fidelity,
-                    skipped=skipped,
-                )
-            self._show(candidate, bypassed)
+        curve = self._bypass_set(candidate)[1]
         point = next((c for c in curve if c["size"] == sum(m == "bypass" for m in self.modes.values())), None)
         self._emit(
             "modes",
@@ -317,8 +321,6 @@ class EntProg:
             fidelity_curve=curve,
         )
 
-    # -- searching ---------------------------------------------------------------------------------------------------
-
     def _search(self, options: Sequence[Candidate]) -> Candidate:
         """Ask the supernet which candidate pays most; the linear schedule's when it cannot be afforded."""
         settings, count = self.settings, len(self.blocks)
@@ -329,10 +331,8 @@ class EntProg:
         if result is None:
             m = at_least_one((self.stage + 1) / settings.stages, count)
             chosen = min(options, key=lambda c: (abs(c.active - m), c.skipped))
-            note = "search unaffordable" if len(options) > 1 else "one candidate"
-            self._emit("search", self.stage / settings.stages, stage=self.stage, estimator=settings.search,
-                       chosen=asdict(chosen), rungs=[], note=note)  # fmt: skip
-            return chosen
+            result = SearchResult(settings.search, chosen, 0)
+            result.note = "search unaffordable" if len(options) > 1 else "one candidate"
         self.search_steps += result.steps
         self._emit("search", self.stage / settings.stages, stage=self.stage, **result.record())
         return result.chosen
@@ -348,7 +348,8 @@ class EntProg:
 
     def _step_cost(self) -> StepCost:
         if self._cost is None:
-            batch = next(iter(self.train_batches()))
+            with forked_rng(0):
+                batch = next(iter(self._score_batches()))
             self._cost = StepCost.measure(
                 self.model, self.blocks, lambda: self._loss_fn(self.model, batch), batch_size(batch)
             )
@@ -388,27 +389,31 @@ class EntProg:
     def train(self, start: int, steps: int) -> None:
         """Train on the stage's batches start, start + 1, ... (Trial)."""
         assert self._optimizer is not None
-        for i, batch in enumerate(islice(self.train_batches(), start, start + steps)):
-            with forked_rng(1000 + start + i):
+        for i in range(start, start + steps):
+            batch = self._stream[i]
+            with forked_rng(1000 + i):
                 self._backward(self._loss(self.model, batch))
                 self._optimizer.step()
                 self._optimizer.zero_grad(set_to_none=True)
-                self._after_step()
 
     def losses(self) -> Tensor:
         """Held-out losses (n,) of the whole network: fixed noise, raw weights, eval mode (Trial)."""
         with running(self.blocks, "train"):  # nothing sits out
-            for batch in self.held_out:
+            values = held_out_losses(self.model, self._loss_fn, self.held_out)
+            draws = 1 if len(values) >= 8 else 8 // len(values)  # a single number could not tell a tie
+            if draws > 1:
+                values = held_out_losses(self.model, self._loss_fn, self.held_out * draws)
+            for batch in self.held_out * draws:
                 self._charge(batch, backward=False)
-            return held_out_losses(self.model, self._loss_fn, self.held_out)
+            return values
 
     def snapshot(self) -> Snapshot:
         """Copy everything training can change (Trial)."""
         assert self._optimizer is not None
         parameters = [p for b in self.blocks for p in b.parameters()] + self.always + self.stem
-        return Snapshot.take(parameters, self._optimizer)
-
-    # -- state -------------------------------------------------------------------------------------------------------
+        taken = Snapshot.take(parameters, self._optimizer)
+        self._snapshots.add(taken)
+        return taken
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but weights and optimizer state, as plain data."""

@@ -61,7 +61,9 @@ def loss(
     def rise(full: Tensor, skipped: Tensor) -> Tensor:
         return (skipped - full)[:, 0]
 
-    return by_skipping("loss", model, blocks, as_prediction, batches, rise, stop=stop)
+    scores = by_skipping("loss", model, blocks, as_prediction, batches, rise, stop=stop)
+    scores.changes = {}  # of the loss, not of the prediction
+    return scores
 
 
 def block_influence(
@@ -317,11 +319,11 @@ def score(
     return function(model, list(blocks), predict, batches, loss_fn=loss_fn, t=t, stop=stop)
 
 
-def agreement(a: Scores, b: Scores) -> dict[str, float]:
-    """Rank correlations of two scores over the same blocks: Spearman's rho and Kendall's tau."""
+def agreement(a: Scores, b: Scores) -> dict[str, float | None]:
+    """Rank correlations of two scores over the same blocks: Spearman's rho and Kendall's tau, None if constant."""
     names = sorted(a.values)
     left, right = [a.values[n] for n in names], [b.values[n] for n in names]
-    return {
-        "spearman": float(spearmanr(left, right).statistic),
-        "kendall": float(kendalltau(left, right).statistic),
-    }
+    if len(set(left)) == 1 or len(set(right)) == 1:
+        return {"spearman": None, "kendall": None}
+    found = {"spearman": spearmanr(left, right).statistic, "kendall": kendalltau(left, right).statistic}
+    return {name: float(value) for name, value in found.items()}

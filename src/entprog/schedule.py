@@ -71,3 +71,23 @@ def candidates(count: int, settings: "Progressive", previous: Candidate | None) 
 
 
 SCHEDULES: dict[str, Schedule] = {"fixed": fixed, "linear": linear, "adaptive": adaptive}
+
+
+def block_sets(candidate: Candidate, ranking: Sequence[str], skip_order: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of a candidate's trainable and skipped blocks: the ranking's best, and of the rest the first to skip."""
+    active = list(ranking[: candidate.active])
+    order = dict.fromkeys([*skip_order, *reversed(ranking)])
+    return active, [name for name in order if name not in active][: candidate.skipped]
+
+
+def block_modes(
+    names: Sequence[str], active: Sequence[str], skipped: Sequence[str], bypassed: Sequence[str], exact: str
+) -> dict[str, str]:
+    """Name -> mode; frozen blocks that neither sit out nor are bypassed run in the `exact` mode."""
+
+    def mode(name: str) -> str:
+        if name in active:
+            return "train"
+        return "skip" if name in skipped else "bypass" if name in bypassed else exact
+
+    return {name: mode(name) for name in names}

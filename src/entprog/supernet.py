@@ -19,13 +19,14 @@ are out its loss looks worse than it will be.
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from entprog.blocks import forked_rng
 from entprog.schedule import Candidate
 
 FIRST_STEPS = 8  # counted steps every candidate gets before it can lose
@@ -55,7 +56,7 @@ class Trial(Protocol):
         """Copy everything training changes."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Snapshot:
     """Weights, gradient-free, and optimizer state of some parameters, to go back to."""
 
@@ -74,6 +75,11 @@ class Snapshot:
             [_copied(optimizer.state.get(p)) for p in parameters],
         )
 
+    def bytes(self) -> int:
+        """Return what the copies take."""
+        copies = [v for s in self.state if s for v in s.values() if isinstance(v, Tensor)]
+        return sum(t.numel() * t.element_size() for t in [*self.weights, *copies])
+
     def restore(self) -> None:
         """Put them back in place, and delete state that has been made since.
 
@@ -87,6 +93,32 @@ class Snapshot:
                     self.optimizer.state.pop(p, None)
                 else:
                     self.optimizer.state[p] = _copied(state)
+
+
+class BatchStream:
+    """Batches by index, each drawn once under its own seed: the same for every candidate, whatever the loader draws.
+
+    `make()` gives a new iterator; one that runs out is begun again. ValueError if it yields nothing.
+    """
+
+    def __init__(self, make: Callable[[], Iterable[Any]]) -> None:
+        self.make = make
+        self.drawn: list[Any] = []
+        self.source: Iterator[Any] = iter(())
+
+    def __getitem__(self, index: int) -> Any:
+        while len(self.drawn) <= index:
+            with forked_rng(500 + len(self.drawn)):
+                self.drawn.append(self._next())
+        return self.drawn[index]
+
+    def _next(self) -> Any:
+        for attempt in range(2):
+            if attempt:
+                self.source = iter(self.make())
+            for batch in self.source:
+                return batch
+        raise ValueError("train_batches() yields no batch: pass a callable that gives a new iterator at each call")
 
 
 def _copied(state: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -181,8 +213,12 @@ def race(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> Searc
     entered, note = affordable(trial, candidates, seconds)
     if not entered:
         return None
-    before, start = trial.losses(), trial.snapshot()
     per_rung = (seconds - TIMING_STEPS * sum(trial.cost(c) for c in entered)) / _race_shares(len(entered))
+    if per_rung < FIRST_STEPS * max(trial.cost(c) for c in entered):  # the estimate was too low
+        if len(entered) == 2:
+            return None
+        return race(trial, [entered[0], entered[-1]], per_rung * _race_shares(len(entered)))
+    before, start = trial.losses(), trial.snapshot()
     racers = [_Racer(c, start) for c in entered]
     rungs: list[dict[str, Any]] = []
     leaders: list[Candidate] = []
@@ -216,7 +252,7 @@ def _advance(trial: Trial, racer: _Racer, seconds: float) -> None:
     trial.train(racer.steps, steps)
     racer.snapshot = trial.snapshot()
     racer.steps += steps
-    racer.seconds += seconds
+    racer.seconds += steps * trial.cost(candidate) + probe * trial.cost(restored)
     if probe:
         trial.switch(restored)
         trial.train(racer.steps, probe)

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from entprog.blocks import find_blocks, record_example
 from entprog.cei import Scores
 from entprog.checkpoint import RunLog, load_checkpoint, save_checkpoint
-from entprog.config import RunConfig
+from entprog.config import RunConfig, check_same
 from entprog.data.batches import Data, batch_at, fixed_batches, to_device
+from entprog.ema import Ema
 from entprog.measure import MODEL_CLOCK_FLOPS, NET, Ledger, StepCost, held_out_losses, now, saved_bytes, training_bytes
 from entprog.models.pretrained import loss_fn, predict_fn
 from entprog.modes import running, set_mode
@@ -31,37 +33,6 @@ from entprog.plugin import EntProg
 from entprog.strategy import add_lora
 
 NEW_MODULES = ("pose_guider",)  # what PoseDiT gets for the task: trains throughout, in every strategy
-
-
-class Ema:
-    """Average of the parameters that have ever trained, updated only on steps they train."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.names = {p: n for n, p in model.named_parameters()}
-        self.decay = decay
-        self.average: dict[str, Tensor] = {}
-        self.updates: dict[str, int] = {}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move each trainable parameter's average towards it; the decay warms up with the parameter's own updates."""
-        for p, name in self.names.items():
-            if not p.requires_grad or not self.decay:
-                continue
-            if name not in self.average:
-                self.average[name], self.updates[name] = p.detach().clone(), 0
-            self.updates[name] += 1
-            n = self.updates[name]
-            self.average[name].lerp_(p, 1 - min(self.decay, (1 + n) / (10 + n)))
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averages with the weights; a second call exchanges them back."""
-        for p, name in self.names.items():
-            if name in self.average:
-                held = p.detach().clone()
-                p.copy_(self.average[name])
-                self.average[name].copy_(held)
 
 
 class Trainer:
@@ -81,15 +52,19 @@ class Trainer:
         out: Path,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.config, self.out, self.data = config, out, data
+        self.config, self.out = config, out
+        kept_back = min(32, len(data["video"]) // 8) if config.progressive() else 0
+        self.data = {k: v[: len(v) - kept_back] for k, v in data.items()}
+        judges = {k: v[len(v) - kept_back :] for k, v in data.items()}
         self.ledger = Ledger()
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         self.on_progress = on_progress or (lambda info: None)
         objective = OBJECTIVES[config.objective]
-        self.predict, self.loss_fn = predict_fn(objective), loss_fn(objective)
+        self.predict, self.loss_fn = self._autocast(predict_fn(objective)), self._autocast(loss_fn(objective))
         self.device = self.accelerator.device
         self.model = model.to(self.device).train()
         self.held_out = [to_device(b, self.device) for b in fixed_batches(held_out, batch_size=8)]
+        self.judged_by = [to_device(b, self.device) for b in fixed_batches(judges, batch_size=8)] if kept_back else []
         self.log = RunLog(out)
         self.blocks = find_blocks(model, record_example(model, lambda: self.loss_fn(model, self.held_out[0])))
         self.wrapped = self._prepare()
@@ -99,7 +74,7 @@ class Trainer:
         self.prog = self._plug_in()
         self.ema = Ema(self.wrapped, config.ema_decay)
         self.step = self.segment = self.within = 0
-        self.cost = StepCost.measure(model, self.blocks, lambda: self.loss_fn(model, self._batch(0)))
+        self.cost = StepCost.measure(model, self.blocks, lambda: self.loss_fn(model, self._batch(0, complete=True)))
         self.model_seconds = 0.0
         self.times: list[float] = []  # of the last steps in the present modes
         self.curve: list[dict[str, float]] = []
@@ -122,7 +97,7 @@ class Trainer:
         return EntProg(
             self.model,
             self.loss_fn,
-            held_out=self.held_out,
+            held_out=self.judged_by,
             train_batches=self._upcoming,
             total_steps=self.config.steps or 1,
             predict=self.predict,
@@ -136,7 +111,7 @@ class Trainer:
             ledger=self.ledger,
             decide=self._decide,
             on_event=self._write_event,
-            after_step=lambda: self.ema.update(),
+            score_batches=self._complete,
         )
 
     def _budget_seconds(self) -> float | None:
@@ -147,22 +122,37 @@ class Trainer:
         """Return the next place in the stream of batches: steps of the loop and steps kept from searches."""
         return self.step + (self.prog.search_steps if self.prog else 0)
 
-    def _batch(self, position: int) -> Data:
+    def _autocast(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Let training, scoring and searching run in the same precision."""
+
+        def run(model: nn.Module, batch: Data) -> Tensor:
+            with self.accelerator.autocast():
+                return function(model, batch)
+
+        return run
+
+    def _batch(self, position: int, complete: bool = False) -> Data:
         with self.ledger("data"):
             batch = batch_at(
                 self.data,
                 position,
                 batch_size=self.config.batch_size,
                 seed=self.config.seed,
-                condition_dropout=self.config.condition_dropout,
+                condition_dropout=0.0 if complete else self.config.condition_dropout,
             )
             return to_device(batch, self.device)
 
+    def _complete(self) -> Iterator[Data]:
+        """Yield batches for scoring: every condition there, times stratified within each batch."""
+        for position in count(self.position):
+            batch = self._batch(position, complete=True)
+            size = len(batch["t"])
+            batch["t"] = (torch.arange(size, device=self.device) + batch["t"]) / size
+            yield batch
+
     def _upcoming(self) -> Iterator[Data]:
-        position = self.position
-        while True:
+        for position in count(self.position):
             yield self._batch(position)
-            position += 1
 
     # -- the record ----------------------------------------------------------------------------------------------------
 
@@ -184,10 +174,18 @@ class Trainer:
         """Return the net seconds so far, by the run's clock."""
         return self.model_seconds if self.config.clock == "model" else self.ledger.net()
 
+    def overhead_seconds(self) -> float:
+        """Return how much of the net seconds went into scoring and searching, by the run's clock."""
+        if self.config.clock == "model":
+            return self.prog.model_seconds if self.prog else 0.0
+        spent = self.ledger.summary()["seconds"]
+        return spent["scoring"] + spent["search"]
+
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Train to the end of the budget, save the model and return the results so far (no samples yet)."""
+        check_same(self.config, self.out)
         self.config.save(self.out / "config.yaml")
         self._resume()
         marks = self._marks()
@@ -236,7 +234,7 @@ class Trainer:
     def _plan(self, begin: float, end: float) -> int:
         """Return how many steps bring the run from one mark to the next."""
         if self.config.steps is not None:
-            return round(end * self.config.steps) - round(begin * self.config.steps)
+            return max(0, round(end * self.config.steps) - self.position)  # a search's kept steps count
         assert self.config.seconds is not None
         seconds = self._step_seconds()
         if seconds is None:
@@ -269,17 +267,18 @@ class Trainer:
     def _train_step(self, progress: float) -> None:
         with self.ledger("training"):
             self._set_lr(progress)
-            batch = self._batch(self.position)
             if self.prog:
                 self.prog.step(self.step, self.optimizer, progress)
-            begun = now()
             switched = self._modes() != self.measured_modes
-            with self.accelerator.autocast():
-                loss = self._measured_loss(batch) if switched else self.loss_fn(self.wrapped, batch).mean()
+            batch = self._batch(self.position, complete=switched)  # what is measured has all its conditions
+            begun = now()
+            loss = self._measured_loss(batch) if switched else self.loss_fn(self.wrapped, batch).mean()
             self._backward(loss)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.ema.update()
+            if switched and self.device.type == "cuda":
+                self.step_bytes = torch.cuda.max_memory_allocated()
             if not switched:  # the first step after a switch does not count
                 self.times = [*self.times[-19:], now() - begun]
         self._account()
@@ -288,6 +287,8 @@ class Trainer:
 
     def _measured_loss(self, batch: Data) -> Tensor:
         """Return the loss, counting what the step holds for backward: once per set of modes."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         with saved_bytes(ignore=list(self.wrapped.parameters())) as held:
             loss = self.loss_fn(self.wrapped, batch).mean()
             self.step_bytes = training_bytes(self.wrapped, self.optimizer, held())
@@ -299,7 +300,8 @@ class Trainer:
         self.model_seconds += seconds
         stage = self.stages.setdefault(self.prog.stage if self.prog else 0, {"peak_bytes": 0, "seconds": 0.0})
         stage["peak_bytes"] = max(stage["peak_bytes"], self.step_bytes, self.prog.peak_bytes if self.prog else 0)
-        stage["seconds"] += seconds if self.config.clock == "model" or not self.times else self.times[-1]
+        timed = self.times[-1] if self.times else 0.0  # the first step after a switch is not timed
+        stage["seconds"] += seconds if self.config.clock == "model" else timed
         self.peak_bytes = max(self.peak_bytes, int(stage["peak_bytes"]))
         self.byte_steps += self.step_bytes
 
@@ -324,7 +326,8 @@ class Trainer:
         with self.ledger("held_out"):
             losses = self.held_out_loss().double()
         mean, half = losses.mean().item(), 1.96 * losses.std().item() / math.sqrt(len(losses))
-        self.curve.append({"step": self.step, "net_seconds": self.net_seconds(), "loss": mean})
+        point = {"step": self.step, "net_seconds": self.net_seconds(), "loss": mean}
+        self.curve.append(point | {"overhead_seconds": self.overhead_seconds()})
         self.log.append(
             {"event": "held_out", "step": self.step, "progress": progress, "net_seconds": self.net_seconds(),
              "loss": mean, "interval": [mean - half, mean + half]}
