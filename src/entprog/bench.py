@@ -134,7 +134,9 @@ def with_speedups(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """
     full = runs.get("full")
     goal = full["curve"][-1]["loss"] if full else None
-    slow = time_to(full["curve"], goal) if full else None  # full may have been there before its end
+    slow = (
+        time_to(full["curve"], goal) if full and goal is not None else None
+    )  # full may have been there before its end
     out = {}
     for name, run in runs.items():
         reached = time_to(run["curve"], goal) if goal is not None else None

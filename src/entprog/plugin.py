@@ -45,8 +45,9 @@ class EntProg:
     loss_fn(model, batch): scalar or per-sample (B,) loss. held_out: a batch or list of batches that judge searches.
     train_batches: callable that yields what searches train on (begun again when it runs out) and, unless score_batches
     is given, what scores are taken on. predict: raw prediction (B, ...), by default the first tensor of the forward
-    that loss_fn makes. backward: backward(loss), with scaler and clipping. always: names of what was made for the task. t(batch) -> (B,) times for per-tau scores. ledger: charged with scoring and search.
-    decide(key, compute): returns compute(), or what was recorded under the key before a resume.
+    that loss_fn makes. backward: backward(loss), with scaler and clipping. always: names of what was made for the task.
+    t(batch) -> (B,) times for per-tau scores. ledger: charged with scoring and search. decide(key, compute): returns
+    compute(), or what was recorded under the key before a resume.
 
     Build it before any wrapper (DDP, torch.compile). It never touches `param_groups`; outside blocks it never enables
     a parameter that was frozen when it was built.

@@ -295,8 +295,10 @@ def _score_chart(score: dict[str, Any]) -> str:
     return _svg(figure)
 
 
-def _search_chart(run: Run) -> str:
-    searches = run.of("search")
+def _search_chart(run: Run) -> str | None:
+    searches = [event for event in run.of("search") if event.get("rungs")]  # the others could not be afforded
+    if not searches:
+        return None
     columns = min(3, len(searches))
     lines = math.ceil(len(searches) / columns)
     figure = Figure(figsize=((4, 7, 10.5)[columns - 1], 2.9 * lines))
