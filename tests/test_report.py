@@ -156,7 +156,7 @@ def test_comparison_shows_every_strategy_clip_and_decision(tmp_path: Path):
 
 def test_single_run_folder_works(tmp_path: Path):
     page = page_of(single(tmp_path))
-    assert "ent-prog ended at a held-out loss of 0.4000" in page and page.count('class="chart"') == 5
+    assert "ent-prog ended at a held-out loss of 0.4000" in page and page.count('class="chart"') == 4
 
 
 def test_missing_files_are_said_not_invented(tmp_path: Path):
@@ -230,7 +230,7 @@ def test_sparse_events_and_scores_still_give_charts(tmp_path: Path):
     lines = [search, {**modes, "modes": {"down.0": "a new mode"}}]
     (folder / "events.jsonl").write_text("\n".join(json.dumps(e) for e in lines))
     page = page_of(folder)
-    assert "the budget paid for no race" in page and page.count('class="chart"') == 5
+    assert "the budget paid for no race" in page and page.count('class="chart"') == 4
 
 
 def test_verdict_does_not_call_unmeasured_time_unreached():
