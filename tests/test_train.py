@@ -46,7 +46,9 @@ def same(a, b):
 
 CASES = {name: replace(TINY, strategy=name) for name in STRATEGIES} | {
     "skip": replace(TINY, strategy="ent-prog", schedule="fixed", skip=0.5, ema_decay=0.9),
-    "race": replace(TINY, strategy="ent-prog", steps=None, seconds=0.05, search_budget=0.5, skip=0.5),
+    "race": replace(
+        TINY, strategy="ent-prog", schedule="adaptive", steps=None, seconds=0.05, search_budget=0.5, skip=0.5
+    ),
 }
 
 
@@ -92,7 +94,9 @@ def test_a_killed_and_resumed_run_gives_bit_equal_weights(name, when, tmp_path):
 
 
 def test_a_wall_clock_run_replays_its_decisions_after_a_kill(tmp_path):
-    config = replace(TINY, strategy="ent-prog", clock="wall", steps=None, seconds=3.0, checkpoint_every=1000)
+    config = replace(
+        TINY, strategy="ent-prog", schedule="adaptive", clock="wall", steps=None, seconds=3.0, checkpoint_every=1000
+    )
     trainer = make(config, tmp_path)
     trainer.on_progress = lambda info: (_ for _ in ()).throw(Killed) if info["step"] == 20 else None
     with pytest.raises(Killed):
