@@ -156,7 +156,7 @@ def test_comparison_shows_every_strategy_clip_and_decision(tmp_path: Path):
 
 def test_single_run_folder_works(tmp_path: Path):
     page = page_of(single(tmp_path))
-    assert "ent-prog ended at a held-out loss of 0.4000" in page and page.count('class="chart"') == 4
+    assert "ent-prog ended at a held-out loss of 0.4000" in page and page.count('class="chart"') == 5
 
 
 def test_missing_files_are_said_not_invented(tmp_path: Path):
