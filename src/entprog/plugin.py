@@ -154,14 +154,17 @@ class EntProg:
             progress = min(step / self.total_steps, 1 - 1e-9)
         self._optimizer = optimizer
         stage = min(int(progress * self.settings.stages + 1e-9), self.settings.stages - 1)
-        restores = self.candidate is not None and self.candidate.skipped and progress >= self.settings.restore_at
-        if stage != self.stage or restores:
+        if stage != self.stage or self._restores(progress):
             self._check_no_gradients()
         self.last_step = step
         if stage != self.stage:
             self._begin_stage(stage, progress)
-        if self.candidate and self.candidate.skipped and progress >= self.settings.restore_at:
+        if self.candidate and self._restores(progress):
             self._enter(Candidate(self.candidate.active), progress, reason="restored")
+
+    def _restores(self, progress: float) -> bool:
+        """Whether blocks sit out that should be back by now."""
+        return bool(self.candidate and self.candidate.skipped) and progress >= self.settings.restore_at
 
     def boundaries(self) -> list[float]:
         """Return the progress marks at which the state changes, for loops that plan in seconds."""
@@ -194,7 +197,7 @@ class EntProg:
                 self._rank(progress)
         previous = self.candidate
         if stage == 0 or self.candidate is None:
-            self._show(Candidate(len(self.blocks)))  # modes are defined from here on
+            self.switch(Candidate(len(self.blocks)))  # modes are defined from here on
         schedule = SCHEDULES[self.settings.schedule]
         with self.ledger("search"):
             chosen = schedule(stage, self.settings.stages, len(self.blocks), self.settings, previous, self._search)
@@ -205,7 +208,7 @@ class EntProg:
         settings, count = self.settings, len(self.blocks)
         sizes = tuple(sorted({at_least_one(share, count) for share in settings.grid}))
         stop = Stop(sizes) if settings.schedule == "adaptive" else None
-        self._show(Candidate(count))
+        self.switch(Candidate(count))
         self._step_cost()
         batches = self.decide(f"score batches at stage {self.stage}", self._batches_within_budget)
 
@@ -260,8 +263,8 @@ class EntProg:
         ranking = self.scores.ranking if self.scores else [b.name for b in self.blocks]
         return block_sets(candidate, ranking, self.skip_order)
 
-    def _show(self, candidate: Candidate) -> None:
-        """Run the blocks as a candidate says, with the bypass set its fidelity allows."""
+    def switch(self, candidate: Candidate) -> None:
+        """Run the blocks as a candidate says (Trial), with the bypass set its fidelity allows."""
         self._apply(self._modes_of(candidate, self._bypass_set(candidate)[0]))
 
     def _bypass_set(self, candidate: Candidate) -> tuple[list[str], list[dict[str, Any]]]:
@@ -308,7 +311,7 @@ class EntProg:
     def _enter(self, candidate: Candidate, progress: float, reason: str) -> None:
         """Settle on a candidate and say so."""
         self.candidate = candidate
-        self._show(candidate)
+        self.switch(candidate)
         curve = self._bypass_set(candidate)[1]
         point = next((c for c in curve if c["size"] == sum(m == "bypass" for m in self.modes.values())), None)
         self._emit(
@@ -368,7 +371,7 @@ class EntProg:
 
     def _timed(self, candidate: Candidate) -> float:
         before = dict(self.modes)
-        self._show(candidate)
+        self.switch(candidate)
         if self.clock == "model":
             seconds = self._step_cost().seconds(self.modes)
         else:
@@ -382,10 +385,6 @@ class EntProg:
         if before:
             self._apply(before)
         return seconds
-
-    def switch(self, candidate: Candidate) -> None:
-        """Run the blocks as a candidate says (Trial)."""
-        self._show(candidate)
 
     def train(self, start: int, steps: int) -> None:
         """Train on the stage's batches start, start + 1, ... (Trial)."""

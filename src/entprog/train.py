@@ -26,6 +26,7 @@ from entprog.config import RunConfig, check_same
 from entprog.data.batches import Data, batch_at, fixed_batches, to_device
 from entprog.ema import Ema
 from entprog.measure import MODEL_CLOCK_FLOPS, NET, Ledger, StepCost, held_out_losses, now, saved_bytes, training_bytes
+from entprog.metrics.protocol import mean_interval
 from entprog.models.pretrained import loss_fn, predict_fn
 from entprog.modes import running, set_mode
 from entprog.objective import OBJECTIVES
@@ -107,15 +108,12 @@ class Trainer:
             blocks=self.blocks,
             t=lambda batch: batch["t"],
             clock=self.config.clock,
-            seconds=self._budget_seconds(),
+            seconds=self.config.seconds,
             ledger=self.ledger,
             decide=self._decide,
             on_event=self._write_event,
             score_batches=self._complete,
         )
-
-    def _budget_seconds(self) -> float | None:
-        return self.config.seconds
 
     @property
     def position(self) -> int:
@@ -325,12 +323,12 @@ class Trainer:
     def _evaluate(self, progress: float) -> None:
         with self.ledger("held_out"):
             losses = self.held_out_loss().double()
-        mean, half = losses.mean().item(), 1.96 * losses.std().item() / math.sqrt(len(losses))
+        mean, interval = mean_interval(losses)
         point = {"step": self.step, "net_seconds": self.net_seconds(), "loss": mean}
         self.curve.append(point | {"overhead_seconds": self.overhead_seconds()})
         self.log.append(
             {"event": "held_out", "step": self.step, "progress": progress, "net_seconds": self.net_seconds(),
-             "loss": mean, "interval": [mean - half, mean + half]}
+             "loss": mean, "interval": interval}
         )  # fmt: skip
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -405,7 +403,7 @@ class Trainer:
     def _results(self, losses: Tensor) -> dict[str, Any]:
         spent = self.ledger.summary()["seconds"]
         whole = sum(spent[k] for k in NET)
-        mean, half = losses.mean().item(), 1.96 * losses.std().item() / math.sqrt(len(losses))
+        mean, interval = mean_interval(losses)
         return {
             "kind": "run",
             "strategy": self.config.strategy,
@@ -417,7 +415,7 @@ class Trainer:
             "search_share": spent["search"] / whole,
             "peak_bytes": self.peak_bytes,
             "mean_bytes": self.byte_steps / max(1, self.step),
-            "held_out": {"loss": mean, "interval": [mean - half, mean + half], "samples": len(losses)},
+            "held_out": {"loss": mean, "interval": interval, "samples": len(losses)},
             "held_out_losses": losses.tolist(),
             "curve": self.curve,
             "trainable_parameters": sum(p.numel() for p in self.optimizer.state),

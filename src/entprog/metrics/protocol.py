@@ -1,5 +1,7 @@
 """How numbers are reported: the uncertainty of a mean."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,9 @@ def bootstrap_interval(
     means = torch.stack([samples[torch.randint(count, (count,), generator=generator)].mean() for _ in range(resamples)])
     low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return low, high
+
+
+def mean_interval(values: torch.Tensor) -> tuple[float, list[float]]:
+    """Return the mean of values (n,) and its 95 % interval under a normal distribution, [low, high]."""
+    mean, half = values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+    return mean, [mean - half, mean + half]
