@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from entprog.blocks import Block, find_blocks, record_example
 from entprog.config import RunConfig, check_same
-from entprog.data.batches import Data, load_data
+from entprog.data.batches import Batch, Data, fixed_batches, load_data
+from entprog.data.prepared import Prepared, is_prepared
 from entprog.measure import count_flops, now, saved_bytes
 from entprog.metrics.frame import psnr, ssim
 from entprog.metrics.protocol import bootstrap_interval
-from entprog.models.pretrained import load_model
+from entprog.models.autoencoder import Autoencoder
+from entprog.models.pretrained import model_of
 from entprog.modes import LossFn, fidelity, preserved, set_active
 from entprog.objective import OBJECTIVES
 from entprog.sample import sample
@@ -45,22 +47,58 @@ def environment() -> dict[str, Any]:
     }
 
 
+def first_clips(config: RunConfig, data: Data, count: int, frames: int | None = None) -> tuple[Batch, Tensor]:
+    """Return the first clips of a split with their conditions, and their true pixels (N, 3, F, H, W) in [-1, 1].
+
+    `frames` from the beginning of each clip, by default as many as are trained on.
+    """
+    frames, count = frames or config.frames, min(count, len(data["video"]))
+    whole = fixed_batches({k: v[:count] for k, v in data.items()}, batch_size=count, conditions=config.conditions)[0]
+    batch = {k: v[:, :, :frames] if k in ("video", "pose", "noise") else v for k, v in whole.items()}
+    if not is_prepared(config.data):
+        return batch, batch["video"]
+    pixels = Prepared(config.data, "test").rows(range(count), ["video"])["video"]
+    return batch, pixels[:, :frames].transpose(1, 2) / 127.5 - 1
+
+
 def sample_clips(
-    config: RunConfig, model: nn.Module, clips: Data, on_step: Callable[[int], Any] | None = None
+    config: RunConfig,
+    model: nn.Module,
+    clips: Batch,
+    on_step: Callable[[int], Any] | None = None,
+    overlap: int | None = None,
 ) -> Tensor:
-    """Draw one video for each clip from its pose and reference, (N, 3, F, H, W) in [-1, 1]."""
+    """Draw one video for each clip from its conditions, (N, 3, F, H, W) in [-1, 1].
+
+    Clips longer than the frames that were trained on are drawn in windows that overlap by `overlap`, by default half.
+    """
     device = next(model.parameters()).device
+    names = ("pose", "reference", "reference_pose")
     drawn = sample(
         model,
         OBJECTIVES[config.objective],
-        {k: clips[k].to(device) for k in ("pose", "reference")},
+        {k: clips[k].to(device) for k in names if k in clips},
         tuple(clips["video"].shape),
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        guided=config.guided,
+        sampler=config.sampler,
+        window=config.frames,
+        overlap=config.frames // 2 if overlap is None else overlap,
         seed=config.seed,
         on_step=on_step,
     )
+    if config.autoencoder:
+        drawn = Autoencoder(config.autoencoder).to(device).decode(drawn)
     return drawn.clamp(-1, 1).cpu()
+
+
+def shown(config: RunConfig, clips: Batch) -> Batch:
+    """Return clips whose reference is an image: decoded where it is latents."""
+    if not config.autoencoder or "reference" not in clips:
+        return clips
+    reference = Autoencoder(config.autoencoder).decode(clips["reference"][:, :, None])[:, :, 0]
+    return clips | {"reference": reference}
 
 
 def frame_quality(drawn: Tensor, truth: Tensor) -> dict[str, Any]:
@@ -74,15 +112,17 @@ def frame_quality(drawn: Tensor, truth: Tensor) -> dict[str, Any]:
     return result
 
 
-def save_samples(folder: Path, drawn: Tensor, clips: Data, fps: float = 8) -> None:
-    """Write each clip as NNN_reference.png and NNN_{pose,truth,sample}.webp."""
+def save_samples(folder: Path, drawn: Tensor, truth: Tensor, clips: Batch, fps: float = 8) -> None:
+    """Write each clip as NNN_{truth,sample}.webp, with NNN_pose.webp and NNN_reference.png of its conditions."""
     from entprog.data.video import write_png, write_webp
 
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(len(drawn)):
-        write_png(folder / f"{i:03d}_reference.png", clips["reference"][i])
-        write_webp(folder / f"{i:03d}_pose.webp", clips["pose"][i], fps, low=0)
-        write_webp(folder / f"{i:03d}_truth.webp", clips["video"][i], fps)
+        if "reference" in clips:
+            write_png(folder / f"{i:03d}_reference.png", clips["reference"][i])
+        if "pose" in clips:
+            write_webp(folder / f"{i:03d}_pose.webp", clips["pose"][i], fps, low=0)
+        write_webp(folder / f"{i:03d}_truth.webp", truth[i], fps)
         write_webp(folder / f"{i:03d}_sample.webp", drawn[i], fps)
 
 
@@ -94,19 +134,20 @@ def train_run(config: RunConfig, out: Path, on_progress: OnProgress | None = Non
         return done
     say = on_progress or (lambda info: None)
     say({"message": "loading data"})
-    data, errors = load_data(config, "train")
-    held_out, more = load_data(config, "test")
-    trainer = Trainer(config, load_model(config.model, seed=config.seed), data, held_out, out, on_progress)
+    encoding = {"message": "encoding clips that are not cached yet"} if config.autoencoder else {"message": "reading"}
+    data, errors = load_data(config, "train", lambda share: say(encoding))
+    held_out, more = load_data(config, "test", lambda share: say(encoding))
+    trainer = Trainer(config, model_of(config), data, held_out, out, on_progress)
     if errors or more:
         (out / "data_errors.json").write_text(json.dumps(errors + more, indent=1) + "\n")
     results = trainer.run()
-    clips = {k: v[: config.samples] for k, v in held_out.items()}
-    if config.samples and len(clips["video"]):
+    if config.samples and len(held_out["video"]):
         say({"message": "sampling"})
         with trainer.ledger("sampling"):
+            clips, truth = first_clips(config, held_out, config.samples)
             drawn = sample_clips(config, trainer.model, clips)
-            save_samples(out / "samples", drawn, clips)
-        results["metrics"] = frame_quality(drawn, clips["video"])
+            save_samples(out / "samples", drawn, truth, shown(config, clips))
+        results["metrics"] = frame_quality(drawn, truth)
     return trainer.write_results(results | environment())
 
 
@@ -291,9 +332,9 @@ def pose_dit_step_cost(config: RunConfig, ranking: Sequence[str], rounds: int = 
     from entprog.data.batches import batch_at
     from entprog.models.pretrained import loss_fn
 
-    model = load_model(config.model, seed=config.seed)
+    model = model_of(config)
     data, _ = load_data(replace(config, clips=config.batch_size), "train")
-    batch = batch_at(data, 0, batch_size=config.batch_size, seed=0)
+    batch = batch_at(data, 0, batch_size=config.batch_size, seed=0, frames=config.frames, conditions=config.conditions)
     index = {b.name: b.index for b in find_blocks(model)}
     order = [index[n] for n in ranking]
     cases = [(f"best {m} of {len(order)}, {mode}", tuple(sorted(order[:m])), mode) for m in (3, 6) for mode in

@@ -15,7 +15,7 @@ output in front of the skipped one and so runs only what follows: about half.
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Scores:
 
     `intervals` are 95 % bootstrap intervals over samples. `per_tau` holds the mean score in each quarter of t, where
     times were given; `zero` the blocks whose score is below 1e-6 in magnitude, which says nothing of their worth;
-    `changes` the relative change of the prediction by each skip, E|eps_skip - eps|^2 / E|eps|^2, measured on the way.
+    `inherited` the hosts whose place such blocks took over; `changes` the relative change of the prediction by each
+    skip, E|eps_skip - eps|^2 / E|eps|^2, measured on the way.
     """
 
     priority: str
@@ -50,6 +51,7 @@ class Scores:
     zero: list[str] = field(default_factory=list)
     changes: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
+    inherited: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the scores as JSON."""
@@ -62,6 +64,24 @@ class Scores:
         data = json.loads(Path(path).read_text())
         data["intervals"] = {k: (low, high) for k, (low, high) in data["intervals"].items()}
         return cls(**data)
+
+
+def with_inherited(scores: Scores, order: Sequence[str]) -> Scores:
+    """Give blocks that were not measured, zero-initialised ones, the priority of their host.
+
+    The host is the nearest block before them in execution order, or else behind them, that was measured: a temporal
+    module put behind a spatial block does its work on that block's features. Returns the scores as they are where
+    nothing or everything is zero.
+    """
+    measured = [n for n in order if n not in scores.zero]
+    if not scores.zero or not measured:
+        return scores
+    place = {n: i for i, n in enumerate(order)}
+    hosts = {z: min(measured, key=lambda n: (place[n] > place[z], abs(place[n] - place[z]))) for z in scores.zero}
+    values = scores.values | {z: scores.values[host] for z, host in hosts.items()}
+    intervals = scores.intervals | {z: scores.intervals[host] for z, host in hosts.items()}
+    ranking = sorted(order, key=lambda n: (-values[n], n in hosts, place[n]))
+    return replace(scores, values=values, intervals=intervals, ranking=ranking, inherited=hosts)
 
 
 @dataclass(frozen=True)

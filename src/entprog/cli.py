@@ -135,7 +135,7 @@ def _train(args: argparse.Namespace) -> None:
 def _score(args: argparse.Namespace) -> None:
     from entprog.blocks import find_blocks, record_example
     from entprog.data.batches import fixed_batches, load_data
-    from entprog.models.pretrained import load_model, loss_fn, predict_fn
+    from entprog.models.pretrained import loss_fn, model_of, predict_fn
     from entprog.objective import OBJECTIVES
     from entprog.priority import score
 
@@ -145,9 +145,9 @@ def _score(args: argparse.Namespace) -> None:
         config = make_config(
             {"steps": 1} | {k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in args.overrides)}
         )
-    model = load_model(config.model, seed=config.seed)
+    model = model_of(config)
     data, _ = load_data(replace(config, clips=args.samples), "train")
-    batches = fixed_batches(data, batch_size=config.batch_size)
+    batches = fixed_batches(data, batch_size=config.batch_size, frames=config.frames, conditions=config.conditions)
     objective = OBJECTIVES[config.objective]
     predict, loss = predict_fn(objective), loss_fn(objective)
     blocks = find_blocks(model, record_example(model, lambda: predict(model, batches[0])))
@@ -190,7 +190,7 @@ def _print_conditions(model: Any, blocks: Any, predict: Any, batches: Any) -> No
 def _sample(args: argparse.Namespace) -> None:
     import torch
 
-    from entprog.bench import frame_quality, sample_clips
+    from entprog.bench import first_clips, frame_quality, sample_clips, shown
     from entprog.data.batches import load_data
     from entprog.data.video import write_mp4
     from entprog.models.pretrained import load_model
@@ -200,16 +200,18 @@ def _sample(args: argparse.Namespace) -> None:
         raise ValueError(f"{run} holds no finished model (checkpoints/final): run entprog train with --out {run} first")
     config = load_config(run / "config.yaml", args.overrides)
     model = load_model(str(run / "checkpoints" / "final"))
-    clips, _ = load_data(config, "test")
-    clips = {k: v[: args.clips] for k, v in clips.items()}
-    with console.status(f"sampling {len(clips['video'])} clips, {config.num_inference_steps} steps each"):
-        drawn = sample_clips(config, model, clips)
-    still = clips["reference"][:, :, None].expand_as(drawn)
-    columns = torch.cat((still, clips["pose"] * 2 - 1, clips["video"], drawn), dim=-1)  # side by side
+    data, _ = load_data(config, "test")
+    clips, truth = first_clips(config, data, args.clips, args.frames)
+    with console.status(f"sampling {len(truth)} clips, {config.num_inference_steps} steps each"):
+        drawn = sample_clips(config, model, clips, overlap=args.overlap)
+    clips = shown(config, clips)
+    stills = [clips["reference"][:, :, None].expand_as(drawn)] if "reference" in clips else []
+    poses = [clips["pose"] * 2 - 1] if "pose" in clips else []
+    columns = torch.cat((*stills, *poses, truth, drawn), dim=-1)  # side by side
     wall = torch.cat(list(columns), dim=-2)  # clips below each other
     out = Path(args.out or run / "samples.mp4")
-    write_mp4(out, wall, args.fps, upscale=max(1, 128 // config.size))
-    quality = frame_quality(drawn, clips["video"])
+    write_mp4(out, wall, args.fps, upscale=max(1, 128 // truth.shape[-1]))
+    quality = frame_quality(drawn, truth)
     console.print(f"{out}: reference, pose, truth, sample; SSIM {quality['ssim']['mean']:.3f}, "
                   f"PSNR {quality['psnr']['mean']:.2f} dB")  # fmt: skip
 
@@ -248,6 +250,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("run", help="run folder")
     sample.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data=DIR num_inference_steps=50")
     sample.add_argument("--clips", type=int, default=4)
+    sample.add_argument("--frames", type=int, help="frames of each clip, more than were trained on if there are any")
+    sample.add_argument("--overlap", type=int, help="frames that the windows of a long clip share (default: half)")
     sample.add_argument("--fps", type=float, default=8.0)
     sample.add_argument("--out", help="mp4 file (default: RUN/samples.mp4)")
     sample.set_defaults(function=_sample)

@@ -9,6 +9,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from entprog.sample import SAMPLERS
 from entprog.strategy import STRATEGIES, Progressive
 
 
@@ -39,7 +40,11 @@ class RunConfig:
     score_budget: float | None = None
     lora_rank: int = 8
     # on what
-    data: str = "figures"  # "figures": drawn; else a folder with a manifest.jsonl
+    data: str = "figures"  # "figures": drawn; else a prepared folder, or one with a manifest.jsonl
+    patch_size: int = 0  # of a new model's tokens; 0: 4 pixels, or 1 latent
+    autoencoder: str = ""  # "": pixels; "taef2", or a folder with a diffusers autoencoder: its latents
+    conditions: tuple[Literal["pose", "reference"], ...] = ("pose", "reference")
+    candidates: Literal["all", "temporal"] = "all"  # which blocks may train; the rest of the model stays frozen
     domain: str = "target"  # of the drawn figures
     clips: int = 1024  # drawn for training
     held_out_clips: int = 32
@@ -55,20 +60,28 @@ class RunConfig:
     lr_warmup: float = 0.1  # share of the run
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    condition_dropout: float = 0.1
+    condition_dropout: float = 0.1  # of each condition, by batch
+    joint_dropout: float = 0.0  # of all conditions at once
+    person_weight: float = 1.0  # of the loss where a person is, the background having 1; needs prepared data
+    face_weight: float = 1.0  # where a face is
     ema_decay: float = 0.0  # 0: no average is kept
     mixed_precision: Literal["no", "bf16"] = "no"
     seed: int = 0
     # what comes out
     evaluations: int = 10  # held-out losses along the way
     checkpoint_every: int = 200  # steps
+    held_out_draws: int = 1  # times and noises for each held-out clip
     samples: int = 8
+    sampler: str = "ddim"  # a row of SAMPLERS
+    guided: tuple[Literal["pose", "reference"], ...] = ("reference",)  # what guidance moves away from lacking
     num_inference_steps: int = 12
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy {self.strategy!r} is unknown: choose one of {sorted(STRATEGIES)}")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler {self.sampler!r} is unknown: choose one of {sorted(SAMPLERS)}")
         if (self.seconds is None) == (self.steps is None):
             raise ValueError(
                 f"give the budget either as seconds ({self.seconds}) or as steps ({self.steps}): exactly one"
@@ -129,7 +142,7 @@ def check_same(config: RunConfig, folder: Path) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    saved, mine = yaml.safe_load(path.read_text()), asdict(config)
+    saved, mine = yaml.safe_load(path.read_text()), yaml.safe_load(yaml.safe_dump(asdict(config)))
     differing = {k: (saved.get(k), v) for k, v in mine.items() if saved.get(k) != v}
     if differing:
         raise ValueError(

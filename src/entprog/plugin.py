@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprog.blocks import Block, batch_size, find_blocks, forked_rng, outside_blocks, record_example
-from entprog.cei import Scores, Stop
+from entprog.blocks import Block, batch_size, by_name, find_blocks, forked_rng, outside_blocks, record_example
+from entprog.cei import Scores, Stop, with_inherited
 from entprog.measure import (
     MODEL_CLOCK_FLOPS,
     Ledger,
@@ -45,7 +45,8 @@ class EntProg:
     loss_fn(model, batch): scalar or per-sample (B,) loss. held_out: a batch or list of batches that judge searches.
     train_batches: callable that yields what searches train on (begun again when it runs out) and, unless score_batches
     is given, what scores are taken on. predict: raw prediction (B, ...), by default the first tensor of the forward
-    that loss_fn makes. backward: backward(loss), with scaler and clipping. always: names of what was made for the task.
+    that loss_fn makes. candidates: names of the blocks that may ever train, by default all. backward: backward(loss),
+    with scaler and clipping. always: names of what was made for the task.
     t(batch) -> (B,) times for per-tau scores. ledger: charged with scoring and search. decide(key, compute): returns
     compute(), or what was recorded under the key before a resume.
 
@@ -66,6 +67,7 @@ class EntProg:
         always: Sequence[str] = (),
         strategy: Progressive | None = None,
         blocks: Sequence[Block] | None = None,
+        candidates: Sequence[str] | None = None,
         t: Callable[[Any], Tensor] | None = None,
         clock: str = "wall",
         seconds: float | None = None,
@@ -97,6 +99,7 @@ class EntProg:
         self._decide_outside = decide
         self.events: list[dict[str, Any]] = []
         self.blocks = list(blocks) if blocks is not None else find_blocks(model, record_example(model, self._try))
+        self.candidates = [b.name for b in by_name(self.blocks, self.blocks if candidates is None else candidates)]
         self.always, self.stem = outside_blocks(model, self.blocks, always, self._try)
         self.scores: Scores | None = None
         self.skip_order: list[str] = []
@@ -197,15 +200,15 @@ class EntProg:
                 self._rank(progress)
         previous = self.candidate
         if stage == 0 or self.candidate is None:
-            self.switch(Candidate(len(self.blocks)))  # modes are defined from here on
+            self.switch(Candidate(len(self.candidates)))  # modes are defined from here on
         schedule = SCHEDULES[self.settings.schedule]
         with self.ledger("search"):
-            chosen = schedule(stage, self.settings.stages, len(self.blocks), self.settings, previous, self._search)
+            chosen = schedule(stage, self.settings.stages, len(self.candidates), self.settings, previous, self._search)
         self._enter(chosen, progress, reason="stage")
 
     def _rank(self, progress: float) -> None:
         """Score the blocks and order them for skipping."""
-        settings, count = self.settings, len(self.blocks)
+        settings, count = self.settings, len(self.candidates)
         sizes = tuple(sorted({at_least_one(share, count) for share in settings.grid}))
         stop = Stop(sizes) if settings.schedule == "adaptive" else None
         self.switch(Candidate(count))
@@ -226,7 +229,7 @@ class EntProg:
 
         if settings.priority == "gain":  # holds every batch's gradients until all are there
             self._held_bytes = batches * tensor_bytes(p for b in self.blocks for p in b.parameters())
-        self.scores = scored(settings.priority, batches)
+        self.scores = with_inherited(scored(settings.priority, batches), [b.name for b in self.blocks])
         self._held_bytes = 0
         for other in settings.also_score:
             beside = scored(other, max(2, batches // 2))  # for the record, at half the price
@@ -260,8 +263,12 @@ class EntProg:
         return int(min(64, max(4, self.settings.score_budget * self.seconds / per_batch)))
 
     def _sets(self, candidate: Candidate) -> tuple[list[str], list[str]]:
+        return block_sets(candidate, self._ranking(), self.skip_order)
+
+    def _ranking(self) -> list[str]:
+        """All blocks, best first, those that may never train behind those that may."""
         ranking = self.scores.ranking if self.scores else [b.name for b in self.blocks]
-        return block_sets(candidate, ranking, self.skip_order)
+        return sorted(ranking, key=lambda name: name not in self.candidates)
 
     def switch(self, candidate: Candidate) -> None:
         """Run the blocks as a candidate says (Trial), with the bypass set its fidelity allows."""
@@ -285,7 +292,7 @@ class EntProg:
                 self._loss,
                 list(islice(self._score_batches(), 2)),
                 active,
-                [n for n in reversed(self.scores.ranking) if n in frozen],
+                [n for n in reversed(self._ranking()) if n in frozen],
                 min_fidelity=self.settings.min_fidelity,
                 skipped=skipped,
             )
@@ -327,7 +334,7 @@ class EntProg:
 
     def _search(self, options: Sequence[Candidate]) -> Candidate:
         """Ask the supernet which candidate pays most; the linear schedule's when it cannot be afforded."""
-        settings, count = self.settings, len(self.blocks)
+        settings, count = self.settings, len(self.candidates)
         seconds = self._search_seconds()
         result = None
         if len(options) > 1:
@@ -348,7 +355,7 @@ class EntProg:
         return steps * self._full_step_seconds()
 
     def _full_step_seconds(self) -> float:
-        return float(self.decide("full step seconds", lambda: self._timed(Candidate(len(self.blocks)))))
+        return float(self.decide("full step seconds", lambda: self._timed(Candidate(len(self.candidates)))))
 
     def _step_cost(self) -> StepCost:
         if self._cost is None:

@@ -93,13 +93,14 @@ STRATEGIES: dict[str, Callable[[], Progressive | None]] = {
 def add_lora(model: nn.Module, blocks: Sequence[Block], rank: int, always: Sequence[str] = ()) -> nn.Module:
     """Freeze the model and put peft's LoRA adapters on every linear layer of the blocks; returns peft's wrapper.
 
-    The modules named in `always` stay trainable in full.
+    The modules and parameters named in `always` stay trainable in full.
     """
     from peft import LoraConfig, get_peft_model
 
     names = {m: n for n, m in model.named_modules()}
     targets = [names[m] for b in blocks for m in b.module.modules() if isinstance(m, nn.Linear)]
     wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))  # type: ignore[arg-type]
-    for name in always:
-        model.get_submodule(name).requires_grad_(True)
+    for name, p in model.named_parameters():
+        if any(name == a or name.startswith(f"{a}.") for a in always):
+            p.requires_grad_(True)
     return wrapped

@@ -23,17 +23,18 @@ from entprog.blocks import find_blocks, record_example
 from entprog.cei import Scores
 from entprog.checkpoint import RunLog, load_checkpoint, save_checkpoint
 from entprog.config import RunConfig, check_same
-from entprog.data.batches import Data, batch_at, fixed_batches, to_device
+from entprog.data.batches import Batch, Data, batch_at, fixed_batches, to_device
 from entprog.ema import Ema
 from entprog.measure import MODEL_CLOCK_FLOPS, NET, Ledger, StepCost, held_out_losses, now, saved_bytes, training_bytes
 from entprog.metrics.protocol import mean_interval
-from entprog.models.pretrained import loss_fn, predict_fn
+from entprog.models.pretrained import candidate_blocks, loss_fn, predict_fn
 from entprog.modes import running, set_mode
 from entprog.objective import OBJECTIVES
 from entprog.plugin import EntProg
 from entprog.strategy import add_lora
 
-NEW_MODULES = ("pose_guider",)  # what PoseDiT gets for the task: trains throughout, in every strategy
+# What PoseDiT gets for a condition: trains throughout in every strategy, unless only the temporal blocks may train.
+NEW_MODULES = {"pose": ("pose_guider",), "reference": ("reference_embedding",)}
 
 
 class Trainer:
@@ -61,13 +62,15 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         self.on_progress = on_progress or (lambda info: None)
         objective = OBJECTIVES[config.objective]
-        self.predict, self.loss_fn = self._autocast(predict_fn(objective)), self._autocast(loss_fn(objective))
+        self.predict = self._autocast(predict_fn(objective))
+        self.loss_fn = self._autocast(loss_fn(objective, config.person_weight, config.face_weight))
         self.device = self.accelerator.device
         self.model = model.to(self.device).train()
-        self.held_out = [to_device(b, self.device) for b in fixed_batches(held_out, batch_size=8)]
-        self.judged_by = [to_device(b, self.device) for b in fixed_batches(judges, batch_size=8)] if kept_back else []
+        self.held_out = self._fixed(held_out)
+        self.judged_by = self._fixed(judges) if kept_back else []
         self.log = RunLog(out)
         self.blocks = find_blocks(model, record_example(model, lambda: self.loss_fn(model, self.held_out[0])))
+        self.candidates = candidate_blocks(self.blocks, config.candidates)
         self.wrapped = self._prepare()
         self.optimizer = torch.optim.AdamW(
             list(self.wrapped.parameters()), lr=config.lr, weight_decay=config.weight_decay
@@ -85,11 +88,31 @@ class Trainer:
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
+    def _fixed(self, data: Data) -> list[Batch]:
+        config = self.config
+        fixed = fixed_batches(
+            data, batch_size=8, frames=config.frames, conditions=config.conditions, draws=config.held_out_draws
+        )
+        return [to_device(b, self.device) for b in fixed]
+
+    def _new_modules(self) -> tuple[str, ...]:
+        """Name what was made for this run's conditions, where the model has it."""
+        if self.config.candidates != "all":
+            return ()
+        names = [n for c in self.config.conditions for n in NEW_MODULES[c]]
+        known = {n for n, _ in self.model.named_parameters()} | {n for n, _ in self.model.named_modules()}
+        return tuple(n for n in names if n in known)
+
     def _prepare(self) -> nn.Module:
-        """Apply strategies that change the model itself; returns what is trained."""
+        """Freeze what may not train and apply strategies that change the model itself; returns what is trained."""
+        if self.config.candidates != "all":
+            may_train = {p for b in self.candidates for p in b.module.parameters()}
+            for p in self.model.parameters():
+                p.requires_grad_(p in may_train)
         if self.config.strategy != "lora":
             return self.model
-        return add_lora(self.model, self.blocks, self.config.lora_rank, always=(*NEW_MODULES, "final_layer"))
+        always = (*self._new_modules(), "final_layer") if self.config.candidates == "all" else ()
+        return add_lora(self.model, self.candidates, self.config.lora_rank, always=always)
 
     def _plug_in(self) -> EntProg | None:
         settings = self.config.progressive()
@@ -103,9 +126,10 @@ class Trainer:
             total_steps=self.config.steps or 1,
             predict=self.predict,
             backward=self._backward,
-            always=NEW_MODULES,
+            always=self._new_modules(),
             strategy=settings,
             blocks=self.blocks,
+            candidates=[b.name for b in self.candidates],
             t=lambda batch: batch["t"],
             clock=self.config.clock,
             seconds=self.config.seconds,
@@ -123,24 +147,28 @@ class Trainer:
     def _autocast(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Let training, scoring and searching run in the same precision."""
 
-        def run(model: nn.Module, batch: Data) -> Tensor:
+        def run(model: nn.Module, batch: Batch) -> Tensor:
             with self.accelerator.autocast():
                 return function(model, batch)
 
         return run
 
-    def _batch(self, position: int, complete: bool = False) -> Data:
+    def _batch(self, position: int, complete: bool = False) -> Batch:
+        config = self.config
         with self.ledger("data"):
             batch = batch_at(
                 self.data,
                 position,
-                batch_size=self.config.batch_size,
-                seed=self.config.seed,
-                condition_dropout=0.0 if complete else self.config.condition_dropout,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                condition_dropout=0.0 if complete else config.condition_dropout,
+                joint_dropout=0.0 if complete else config.joint_dropout,
+                frames=config.frames,
+                conditions=config.conditions,
             )
             return to_device(batch, self.device)
 
-    def _complete(self) -> Iterator[Data]:
+    def _complete(self) -> Iterator[Batch]:
         """Yield batches for scoring: every condition there, times stratified within each batch."""
         for position in count(self.position):
             batch = self._batch(position, complete=True)
@@ -148,7 +176,7 @@ class Trainer:
             batch["t"] = (torch.arange(size, device=self.device) + batch["t"]) / size
             yield batch
 
-    def _upcoming(self) -> Iterator[Data]:
+    def _upcoming(self) -> Iterator[Batch]:
         for position in count(self.position):
             yield self._batch(position)
 
@@ -226,8 +254,8 @@ class Trainer:
     def _modes(self) -> dict[str, str]:
         if self.prog:
             return self.prog.modes
-        frozen = "pass" if self.config.strategy == "lora" else "train"
-        return {b.name: frozen for b in self.blocks}
+        trained = [] if self.config.strategy == "lora" else self.candidates
+        return {b.name: "train" if b in trained else "pass" for b in self.blocks}
 
     def _plan(self, begin: float, end: float) -> int:
         """Return how many steps bring the run from one mark to the next."""
@@ -283,7 +311,7 @@ class Trainer:
         self.step += 1
         self.on_progress(self._info(progress, loss))
 
-    def _measured_loss(self, batch: Data) -> Tensor:
+    def _measured_loss(self, batch: Batch) -> Tensor:
         """Return the loss, counting what the step holds for backward: once per set of modes."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

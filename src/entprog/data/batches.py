@@ -1,22 +1,28 @@
 """Batches as a pure function of (seed, position): what is trained on at step 1,234 can be made again after a crash.
 
 A data set is a dict of tensors with the clips on the first axis: `video` (N, C, F, H, W), `pose` (N, 3, F, H_p, W_p),
-`reference` (N, C, H, W), and what else a source has. A batch holds some rows of it and its own times `t` (B,) and
-`noise` (B, C, F, H, W); a condition that is dropped for guidance is missing from it.
+`reference` (N, C, H, W), and what else a source has (`reference_pose`, `labels`); in memory, or read from disk when
+asked for (data/cache.py). A batch holds some rows of it, cut to the frames that are trained on, and its own times `t`
+(B,) and `noise` (B, C, F, H, W); a condition that is dropped for guidance is missing from it.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from entprog.data.cache import Column, load_split, take
+from entprog.data.prepared import is_prepared
 from entprog.data.synthetic import figures
 
 if TYPE_CHECKING:
     from entprog.config import RunConfig
 
-Data = dict[str, Tensor]
+Data = Mapping[str, Column]
+Batch = dict[str, Tensor]
 CONDITIONS = ("pose", "reference")
+BESIDE = {"reference": ("reference_pose",)}  # what comes and goes with a condition
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -26,11 +32,46 @@ def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def batch_at(data: Data, position: int, *, batch_size: int, seed: int, condition_dropout: float = 0.0) -> Data:
+def _columns(data: Data, conditions: Sequence[str] | None) -> list[str]:
+    """Name what a batch takes of the data: the conditions asked for, or all there are, and what belongs to them."""
+    if conditions is None:
+        conditions = [c for c in CONDITIONS if c in data]
+    beside = [name for condition in conditions for name in BESIDE.get(condition, ())]
+    if missing := [c for c in conditions if c not in data]:
+        raise ValueError(f"the data have no {missing}: they hold {sorted(data)}")
+    return [k for k in ("video", *conditions, *beside, "labels") if k in data]
+
+
+def _windows(clip_frames: int, frames: int | None, starts: Sequence[int]) -> list[slice] | None:
+    if frames is None or frames == clip_frames:
+        return None
+    return [slice(start, start + frames) for start in starts]
+
+
+def _spare(data: Data, frames: int | None) -> int:
+    """Return how many frames a clip has more than are trained on. ValueError if it has fewer."""
+    spare = data["video"].shape[2] - (frames or data["video"].shape[2])
+    if spare < 0:
+        raise ValueError(f"clips of {data['video'].shape[2]} frames do not hold {frames}: lower frames")
+    return spare
+
+
+def batch_at(
+    data: Data,
+    position: int,
+    *,
+    batch_size: int,
+    seed: int,
+    condition_dropout: float = 0.0,
+    joint_dropout: float = 0.0,
+    frames: int | None = None,
+    conditions: Sequence[str] | None = None,
+) -> Batch:
     """Return the batch at a position of an endless, shuffled stream; t is uniform in [0, 1].
 
-    Every clip comes once per epoch. With `condition_dropout` each condition is left out of a batch with that
-    probability. ValueError if the data hold fewer clips than a batch.
+    Every clip comes once per epoch, with `frames` frames from a random place of it. With `condition_dropout` each
+    condition is left out of a batch with that probability, with `joint_dropout` all of them at once. ValueError if the
+    data hold fewer clips than a batch, or clips fewer frames.
     """
     count = len(data["video"])
     if count < batch_size:
@@ -38,40 +79,81 @@ def batch_at(data: Data, position: int, *, batch_size: int, seed: int, condition
     per_epoch = count // batch_size
     epoch, index = divmod(position, per_epoch)
     order = torch.randperm(count, generator=_generator(seed, 1, epoch))
-    rows = order[index * batch_size : (index + 1) * batch_size]
+    rows = order[index * batch_size : (index + 1) * batch_size].tolist()
+    starts = torch.randint(_spare(data, frames) + 1, (batch_size,), generator=_generator(seed, 4, position)).tolist()
+    windows = _windows(data["video"].shape[2], frames, starts)
+    batch = {k: take(data[k], k, rows, windows) for k in _columns(data, conditions)}
     generator = _generator(seed, 2, position)
-    batch = {k: data[k][rows] for k in ("video", *CONDITIONS) if k in data}
     batch["t"] = torch.rand(batch_size, generator=generator)
     batch["noise"] = torch.randn(batch["video"].shape, generator=generator)
-    for condition in CONDITIONS:
-        if torch.rand((), generator=generator) < condition_dropout:
-            batch.pop(condition, None)
+    dropped = [c for c in CONDITIONS if torch.rand((), generator=generator) < condition_dropout]
+    if joint_dropout and torch.rand((), generator=generator) < joint_dropout:
+        dropped = list(CONDITIONS)
+    for condition in dropped:
+        for name in (condition, *BESIDE.get(condition, ())):
+            batch.pop(name, None)
     return batch
 
 
-def fixed_batches(data: Data, *, batch_size: int, seed: int = 0) -> list[Data]:
-    """Return all clips in order with fixed noise and times spread evenly over (0, 1), for held-out losses."""
-    count = len(data["video"])
+def fixed_batches(
+    data: Data,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    frames: int | None = None,
+    conditions: Sequence[str] | None = None,
+    draws: int = 1,
+) -> list[Batch]:
+    """Return all clips in order with fixed noise and times spread evenly over (0, 1), for held-out losses.
+
+    Clips with more than `frames` frames are cut at places spread evenly over them. `draws` takes every clip so often.
+    """
+    clips, spare = len(data["video"]), _spare(data, frames)
+    count = clips * draws
     generator = _generator(seed, 3)
     t = (torch.randperm(count, generator=generator) + 0.5) / count
-    noise = torch.randn(data["video"].shape, generator=generator)
-    whole: dict[str, Any] = {k: data[k] for k in ("video", *CONDITIONS) if k in data} | {"t": t, "noise": noise}
-    return [{k: v[i : i + batch_size] for k, v in whole.items()} for i in range(0, count, batch_size)]
+    noise = torch.randn((count, *_one(data, frames)), generator=generator)
+    starts = [round(spare * ((i * 0.618) % 1)) for i in range(count)]
+    batches = []
+    for first in range(0, count, batch_size):
+        chosen = range(first, min(first + batch_size, count))
+        windows = _windows(data["video"].shape[2], frames, [starts[i] for i in chosen])
+        batch = {k: take(data[k], k, [i % clips for i in chosen], windows) for k in _columns(data, conditions)}
+        batches.append(batch | {"t": t[first : first + batch_size], "noise": noise[first : first + batch_size]})
+    return batches
 
 
-def to_device(batch: Data, device: torch.device | str) -> Data:
+def _one(data: Data, frames: int | None) -> tuple[int, ...]:
+    """Return the shape of one clip, cut to `frames`."""
+    _, channels, whole, *sides = data["video"].shape
+    return (channels, frames or whole, *sides)
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """Move a batch's tensors."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def load_data(config: "RunConfig", split: str) -> tuple[Data, list[dict[str, str]]]:
-    """Load a run's clips, "train" or "test", and the list of clips that could not be read ({"id", "error"}).
+def load_data(
+    config: "RunConfig", split: str, on_progress: Callable[[float], Any] | None = None
+) -> tuple[Data, list[dict[str, str]]]:
+    """Load a run's clips, "train", "test" or "hard", and the list of clips that could not be read ({"id", "error"}).
 
-    Drawn figures of the two splits share neither people nor motions. A folder's are as its manifest says.
+    Drawn figures of the two splits share neither people nor motions. A folder's are as its manifest says; of a
+    prepared folder latents are made first where the run has an autoencoder.
     """
     if config.data == "figures":
         count, seed = (config.clips, 0) if split == "train" else (config.held_out_clips, 777)
         return figures(count, domain=config.domain, frames=config.frames, size=config.size, seed=seed), []
+    if is_prepared(config.data):
+        from entprog.models.autoencoder import Autoencoder
+
+        autoencoder = Autoencoder(config.autoencoder) if config.autoencoder else None
+        data = load_split(config.data, split, autoencoder, on_progress)
+        limit = config.held_out_clips if split != "train" else None
+        return {k: v[:limit] for k, v in data.items()}, []
+    if config.autoencoder:
+        raise ValueError(f"{config.data} is not prepared: run entprog prepare before training with an autoencoder")
     from entprog.data.video import load_clips
 
     clips, errors = load_clips(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entprog.data.batches import Data
+from entprog.data.batches import Batch
 from entprog.metrics.frame import psnr, ssim
 
 Draw = Callable[[Tensor, Tensor], Tensor]  # (pose maps, references) -> videos
@@ -31,7 +31,7 @@ def pose_obeyed(drawn: Tensor, new_truth: Tensor, old_truth: Tensor) -> Tensor:
     return _distance(drawn, new_truth) < _distance(drawn, old_truth)
 
 
-def reference_obeyed(drawn: Tensor, new: Data, old: Data) -> Tensor:
+def reference_obeyed(drawn: Tensor, new: Batch, old: Batch) -> Tensor:
     """Whether garments drawn with the new reference are nearer in colour to the new person's than to the old one's.
 
     `new` and `old` hold video and masks of the two people; the sample is measured inside the new person's masks.
@@ -43,7 +43,7 @@ def reference_obeyed(drawn: Tensor, new: Data, old: Data) -> Tensor:
     return near < far
 
 
-def swap_scores(draw: Draw, clips: Data, other_pose: Data, other_reference: Data) -> dict[str, Any]:
+def swap_scores(draw: Draw, clips: Batch, other_pose: Batch, other_reference: Batch) -> dict[str, Any]:
     """Score a generator and its baselines on swaps.
 
     `draw(pose, reference)` is called for the clips themselves, with the other pose, with the other reference, and with

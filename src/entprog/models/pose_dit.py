@@ -5,7 +5,10 @@
 * The reference image is patch-embedded like a frame, travels as frame 0 and is read by every other frame as extra
   keys and values of the spatial attention.
 * The pose map enters through a zero-initialised PoseGuider whose output is added to the tokens: a pretrained model
-  without pose control is unchanged on the day the guider is added.
+  without pose control is unchanged on the day the guider is added. The reference's own pose, where it is known, enters
+  the same way, so that attention can match parts of the body.
+* With `motion_modules` the temporal blocks are what AnimateDiff calls motion modules: they hold the frames' positions,
+  leave the reference alone and are not run for a single frame, so that a model trained on images keeps its images.
 * adaLN of the time, computed once for all blocks (adaLN-single) and shifted by a table in each block.
 
 Letters: B samples, F frames, N = h * w tokens per frame, D = hidden_size, p = patch_size.
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 SIZES: dict[str, dict[str, int]] = {
     #                 parameters (patch 4, RGB)
     "T": {"hidden_size": 96, "depth": 12, "num_heads": 3},  # 1.5 M
+    "P": {"hidden_size": 192, "depth": 16, "num_heads": 6},  # 7.5 M (patch 1, 32 latent channels)
     "S": {"hidden_size": 384, "depth": 24, "num_heads": 6},  # 44 M
     "B": {"hidden_size": 768, "depth": 24, "num_heads": 12},  # 175 M
     "XL": {"hidden_size": 1152, "depth": 56, "num_heads": 16},  # 904 M
@@ -34,6 +38,21 @@ def sincos(positions: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=positions.device) / (dim // 2))
     angles = positions[..., None].float() * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def frame_positions(x: Tensor) -> Tensor:
+    """Embed the numbers of the frames of x (B, F, N, D), -> (F, 1, D)."""
+    return sincos(torch.arange(x.shape[1], device=x.device), x.shape[-1])[:, None].to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention, (..., N, D) each; torch's own except for bf16 on a CPU.
+
+    There torch 2.13's fused backward takes three times as long as two matrix products and a softmax.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+    return nnf.scaled_dot_product_attention(q, k, v)
 
 
 class TimestepEmbedder(nn.Module):
@@ -74,9 +93,11 @@ class PoseGuider(nn.Module):
 class PoseDiTBlock(nn.Module):
     """One residual block: attention over space (with the reference's tokens) or over time, then an MLP."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, axis: str) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, axis: str, motion_module: bool = False
+    ) -> None:
         super().__init__()
-        self.axis, self.num_heads = axis, num_heads
+        self.axis, self.num_heads, self.motion_module = axis, num_heads, motion_module
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
@@ -93,15 +114,20 @@ class PoseDiTBlock(nn.Module):
         else:
             q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, N, F+1, D)
         q, k, v = (z.unflatten(-1, (self.num_heads, -1)).transpose(2, 3).flatten(0, 1) for z in (q, k, v))
-        y = nnf.scaled_dot_product_attention(q, k, v)
+        y = attend(q, k, v)
         y = y.unflatten(0, (x.shape[0], -1)).transpose(2, 3).flatten(-2)
         return self.proj(y if self.axis == "space" else y.transpose(1, 2))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # x (B, F+1, N, D), c (B, 6, D)
         modulation = (self.scale_shift_table + c)[:, :, None, None].unbind(1)  # 6 x (B, 1, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self._attention(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        still, x = (x[:, :1], x[:, 1:]) if self.motion_module else (None, x)
+        h = self.norm1(x) * (1 + scale1) + shift1
+        if self.motion_module:
+            h = h + frame_positions(x)
+        x = x + gate1 * self._attention(h)
+        x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return x if still is None else torch.cat((still, x), dim=1)
 
 
 class FinalLayer(nn.Module):
@@ -122,7 +148,8 @@ class PoseDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Predict the objective's target for a noisy video, given pose maps and a reference image.
 
     Args of `forward`: sample (B, C, F, H, W); timestep (B,) in [0, 1], 1 is noise; pose (B, 3, F, H_p, W_p) or None;
-    reference (B, C, H, W) or None. None stands for the dropped condition. `pose_stride` is the number of pose-map
+    reference (B, C, H, W) or None; reference_pose (B, 3, H_p, W_p) or None. None stands for the dropped condition.
+    `pose_stride` is the number of pose-map
     pixels per token side: patch_size for pixel models, patch_size * 8 for latents of an 8x autoencoder.
     """
 
@@ -139,6 +166,7 @@ class PoseDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         num_heads: int = 4,
         mlp_ratio: float = 4.0,
         pose_stride: int = 4,
+        motion_modules: bool = False,
     ) -> None:
         super().__init__()
         self.x_embedder = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
@@ -148,7 +176,10 @@ class PoseDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.null_reference = nn.Parameter(torch.zeros(hidden_size))
         self.pose_guider = PoseGuider(hidden_size, pose_stride)
         axes = ("space", "time")
-        self.blocks = nn.ModuleList(PoseDiTBlock(hidden_size, num_heads, mlp_ratio, axes[i % 2]) for i in range(depth))
+        self.blocks = nn.ModuleList(
+            PoseDiTBlock(hidden_size, num_heads, mlp_ratio, axes[i % 2], motion_modules and i % 2 == 1)
+            for i in range(depth)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
         self.gradient_checkpointing = False
         self.initialize_weights()
@@ -201,21 +232,27 @@ class PoseDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         timestep: Tensor,
         pose: Tensor | None = None,
         reference: Tensor | None = None,
+        reference_pose: Tensor | None = None,
     ) -> Tensor:
         self._check(sample, pose)
         batch, _, frames, height, width = sample.shape
         x = self._tokens(sample.transpose(1, 2))  # (B, F, N, D)
-        x = x + sincos(torch.arange(frames, device=x.device), x.shape[-1])[:, None].to(x.dtype)
+        if not self.config["motion_modules"]:
+            x = x + frame_positions(x)
         if pose is not None:
             x = x + self.pose_guider(pose)
         if reference is None:
             still = self.null_reference.expand(batch, 1, x.shape[2], -1)
         else:
             still = self._tokens(reference[:, None]) + self.reference_embedding
+            if reference_pose is not None:
+                still = still + self.pose_guider(reference_pose[:, :, None])
         x = torch.cat((still, x), dim=1)  # (B, F+1, N, D)
         t = self.t_embedder(timestep)
         c = self.adaLN_modulation(t).unflatten(1, (6, -1))
         for block in self.blocks:
+            if frames == 1 and block.motion_module:
+                continue
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, c)
             else:

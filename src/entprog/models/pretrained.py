@@ -1,23 +1,34 @@
 """Where a run's model comes from, and how it is called and trained: the one place that knows a model family."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as nnf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from entprog.data.batches import Data
+from entprog.blocks import Block
+from entprog.data.batches import Batch
+from entprog.data.prepared import LABELS
+from entprog.models.autoencoder import Autoencoder
 from entprog.models.pose_dit import SIZES, PoseDiT, pose_dit
 from entprog.objective import Objective
+
+if TYPE_CHECKING:
+    from entprog.config import RunConfig
 
 BASE_WEIGHTS = Path(__file__).parent / "pose_dit_t.safetensors"
 
 
-def load_model(name: str, *, seed: int = 0) -> PoseDiT:
+def load_model(name: str, *, seed: int = 0, autoencoder: str = "", patch_size: int = 0) -> PoseDiT:
     """Load a PoseDiT: "base" (embedded, pretrained on the source figures), a size ("T" ...), or a saved folder.
 
-    A size gives random weights from `seed`. ValueError for anything else, with the choices.
+    A size gives random weights from `seed`, for pixels or for the latents of an autoencoder, with patches of 4 pixels
+    or 1 latent unless patch_size says otherwise, and temporal blocks that are motion modules. ValueError for anything
+    else, with the choices.
     """
     if name == "base":
         model = pose_dit("T")
@@ -26,7 +37,7 @@ def load_model(name: str, *, seed: int = 0) -> PoseDiT:
     if name in SIZES:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return pose_dit(name)
+            return pose_dit(name, motion_modules=True, **_tokens(autoencoder, patch_size))
     if (Path(name) / "config.json").exists():
         return PoseDiT.from_pretrained(name, use_safetensors=True)
     raise ValueError(
@@ -34,27 +45,92 @@ def load_model(name: str, *, seed: int = 0) -> PoseDiT:
     )
 
 
+def model_of(config: "RunConfig") -> PoseDiT:
+    """Load the model a configuration names, for its data."""
+    return load_model(config.model, seed=config.seed, autoencoder=config.autoencoder, patch_size=config.patch_size)
+
+
+def _tokens(autoencoder: str, patch_size: int) -> dict[str, int]:
+    """Return the constructor arguments that fit a model to pixels or latents."""
+    if not autoencoder:
+        patch_size = patch_size or 4
+        return {"patch_size": patch_size, "pose_stride": patch_size}
+    latents = Autoencoder(autoencoder)
+    patch_size = patch_size or 1
+    return {"in_channels": latents.channels, "patch_size": patch_size, "pose_stride": patch_size * latents.factor}
+
+
 def conditioned(model: nn.Module, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
     """Call a PoseDiT-like model with the conditions that are there."""
-    return model(x_t, t, pose=conditions.get("pose"), reference=conditions.get("reference"))
+    known = {k: conditions[k] for k in ("pose", "reference", "reference_pose") if k in conditions}
+    return model(x_t, t, **known)
 
 
-def predict_fn(objective: Objective) -> Callable[[nn.Module, Data], Tensor]:
+def predict_fn(objective: Objective) -> Callable[[nn.Module, Batch], Tensor]:
     """Return predict(model, batch): the raw prediction for a batch that holds its own times and noise."""
 
-    def predict(model: nn.Module, batch: Data) -> Tensor:
+    def predict(model: nn.Module, batch: Batch) -> Tensor:
         x_t = objective.noisy(batch["video"], batch["noise"], batch["t"])
         return conditioned(model, x_t, batch["t"], batch)
 
     return predict
 
 
-def loss_fn(objective: Objective) -> Callable[[nn.Module, Data], Tensor]:
-    """Return loss(model, batch): the mean squared error of each sample, (B,)."""
+def loss_fn(
+    objective: Objective, person_weight: float = 1.0, face_weight: float = 1.0
+) -> Callable[[nn.Module, Batch], Tensor]:
+    """Return loss(model, batch): the mean squared error of each sample, (B,).
+
+    With weights, places that show a person, or a face, count so many times as much as the background; the weighted
+    mean is taken within each sample. They need the batch's `labels`.
+    """
     predict = predict_fn(objective)
 
-    def loss(model: nn.Module, batch: Data) -> Tensor:
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
         target = objective.target(batch["video"], batch["noise"], batch["t"])
-        return (predict(model, batch).float() - target).square().flatten(1).mean(1)
+        error = (predict(model, batch).float() - target).square()
+        if person_weight == face_weight == 1:
+            return error.flatten(1).mean(1)
+        weight = (
+            1 + (person_weight - 1) * region_share(batch, "person") + (face_weight - 1) * region_share(batch, "face")
+        )
+        return (weight * error).flatten(1).mean(1) / weight.flatten(1).mean(1)
 
     return loss
+
+
+REGIONS = {
+    "person": tuple(v for k, v in LABELS.items() if k not in ("background", "face")),
+    "face": (LABELS["face"],),
+    "background": (LABELS["background"],),
+}
+
+
+def region_share(batch: Batch, region: str) -> Tensor:
+    """Return how much of each place of the video (or its latents) shows a region, (B, 1, F, h, w) in [0, 1].
+
+    ValueError for data without labels and for a region that REGIONS lacks.
+    """
+    if region not in REGIONS or "labels" not in batch:
+        raise ValueError(
+            f"region {region!r} of a batch with {sorted(batch)}: needs labels, and one of {sorted(REGIONS)}"
+        )
+    labels = batch["labels"]
+    inside = torch.isin(labels, torch.tensor(REGIONS[region], device=labels.device, dtype=labels.dtype)).float()
+    height, width = batch["video"].shape[-2:]
+    return nnf.adaptive_avg_pool2d(inside, (height, width))[:, None]
+
+
+def candidate_blocks(blocks: Sequence[Block], which: str) -> list[Block]:
+    """Return the blocks that may train: "all", or the "temporal" ones.
+
+    Temporal are those that say so by `axis`, or whose name does (AnimateDiff's motion modules, SVD's temporal blocks).
+    ValueError where a model has none.
+    """
+    if which == "all":
+        return list(blocks)
+    chosen = [b for b in blocks if getattr(b.module, "axis", "") == "time" or re.search("temporal|motion", b.name)]
+    if which != "temporal" or not chosen:
+        raise ValueError(f"candidates {which!r}: choose 'all', or 'temporal' for a model with temporal blocks; "
+                         f"this one's are {[b.name for b in blocks][:8]} ...")  # fmt: skip
+    return chosen

@@ -1,0 +1,135 @@
+"""Prepared clips as a model takes them: latents and pose maps, made once, kept beside the data, read row by row.
+
+`load_split` writes `cache/KEY/` into a prepared folder, one shard for each of its shards, where KEY names the
+autoencoder and the pose style, and returns a data set (data/batches.py) of `Stored` tensors. A `Stored` is what a
+tensor on disk looks like to a batch: it has a shape, a length, slices, and is read when rows of it are asked for, so
+that a data set may be larger than memory.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from entprog.data.pose import POSE_STYLE, draw_skeleton
+from entprog.data.prepared import Prepared
+
+if TYPE_CHECKING:
+    from entprog.models.autoencoder import Autoencoder
+
+CACHED = ("video", "pose", "labels", "reference", "reference_pose")
+_FRAME_AXIS = {"video": 1, "pose": 1, "labels": 0}  # of a clip, for what has one entry a frame
+
+
+class Stored:
+    """One tensor of a split, first axis clips, that lies in shards and is read when `take` asks for rows.
+
+    Stands for a tensor where only `len`, `shape`, slices of clips and `take` are needed.
+    """
+
+    def __init__(self, prepared: Prepared, name: str, cache: str, indices: Sequence[int] | None = None) -> None:
+        self.prepared, self.name, self.cache = prepared, name, cache
+        self.indices = list(range(len(prepared))) if indices is None else list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _slice(self, index: int) -> tuple[Any, int]:
+        record = self.prepared.records[self.indices[index]]
+        return self.prepared.stored(record, self.name, self.cache), record["row"]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape that all clips together would have; that of the first clip where shapes differ."""
+        return torch.Size([len(self), *self._slice(0)[0].get_shape()[1:]])
+
+    def __getitem__(self, part: slice) -> "Stored":
+        return Stored(self.prepared, self.name, self.cache, self.indices[part])
+
+    def take(self, rows: Sequence[int], windows: Sequence[slice] | None = None) -> Tensor:
+        """Read rows, of each only the frames of its window; stacked."""
+        read = []
+        for i, row in enumerate(rows):
+            stored, place = self._slice(row)
+            if windows is None or self.name not in _FRAME_AXIS:
+                read.append(stored[place])
+            else:
+                read.append(stored[(place, *[slice(None)] * _FRAME_AXIS[self.name], windows[i])])
+        return torch.stack(read)
+
+
+Column = Tensor | Stored
+
+
+def take(column: Column, name: str, rows: Sequence[int], windows: Sequence[slice] | None = None) -> Tensor:
+    """Return rows of a data set's tensor as floats, of each only the frames of its window.
+
+    Bytes become [0, 1] for a pose map and [-1, 1] for pixels; labels stay bytes.
+    """
+    if isinstance(column, Stored):
+        values = column.take(rows, windows)
+    elif windows is None or name not in _FRAME_AXIS:
+        values = column[list(rows)]
+    else:
+        axis = _FRAME_AXIS[name]
+        values = torch.stack([column[r][(*[slice(None)] * axis, w)] for r, w in zip(rows, windows, strict=True)])
+    if name == "labels":
+        return values
+    if values.dtype == torch.uint8:
+        return values / 255 if "pose" in name else values / 127.5 - 1
+    return values.float()
+
+
+def _maps(keypoints: Tensor, height: int, width: int) -> Tensor:
+    """Draw poses (..., 17, 3) as bytes, channels first: (..., 3, H, W)."""
+    return (draw_skeleton(keypoints, height, width) * 255).round().to(torch.uint8)
+
+
+def _converted(tensors: dict[str, Tensor], autoencoder: "Autoencoder | None") -> dict[str, Tensor]:
+    """Turn a shard of prepared clips into what a model takes; latents are kept in half precision."""
+    height, width = tensors["video"].shape[-2:]
+    video, reference = tensors["video"].transpose(1, 2), tensors["reference"][:, :, None]
+    if autoencoder is not None:
+        video, reference = (autoencoder.encode(x / 127.5 - 1).half() for x in (video, reference))
+    out = {
+        "video": video,  # (n, C, F, h, w)
+        "pose": _maps(tensors["keypoints"], height, width).transpose(1, 2),  # (n, 3, F, H, W)
+        "labels": tensors["labels"],  # (n, F, H, W)
+        "reference": reference[:, :, 0],
+        "reference_pose": _maps(tensors["reference_keypoints"], height, width),
+    }
+    return {k: v.contiguous() for k, v in out.items()}
+
+
+def load_split(
+    folder: str | Path,
+    split: str,
+    autoencoder: "Autoencoder | None" = None,
+    on_progress: Callable[[float], Any] | None = None,
+) -> dict[str, Stored]:
+    """Open a split of a prepared folder for training, encoding what is not cached yet.
+
+    Returns `video` (N, C, F, h, w), `pose` (N, 3, F, H, W), `labels` (N, F, H, W), `reference` (N, C, h, w) and
+    `reference_pose` (N, 3, H, W), all Stored.
+    """
+    prepared = Prepared(folder, split)
+    name = autoencoder.name if autoencoder is not None else "pixels"
+    key = f"{Path(name).name}-{hashlib.sha256(f'{name} {POSE_STYLE}'.encode()).hexdigest()[:8]}"
+    cache = Path(folder) / "cache" / key
+    cache.mkdir(parents=True, exist_ok=True)
+    shards = sorted({r["shard"] for r in prepared.records})
+    for i, shard in enumerate(shards):
+        if not (cache / shard).exists():
+            clips = [j for j, r in enumerate(prepared.records) if r["shard"] == shard]
+            names = ("video", "keypoints", "labels", "reference", "reference_keypoints", "reference_labels")
+            # rows of the cache are rows of the shard: a manifest never names only some of a shard's clips
+            partial = cache / f"{shard}.partial"
+            save_file(_converted(prepared.rows(clips, names), autoencoder), partial)
+            partial.rename(cache / shard)
+        if on_progress:
+            on_progress((i + 1) / len(shards))
+    return {k: Stored(prepared, k, f"cache/{key}") for k in CACHED}

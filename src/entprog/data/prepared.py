@@ -1,0 +1,179 @@
+"""Prepared data sets: clips cut, posed and labelled once, in safetensors shards that are read row by row.
+
+A folder holds `dataset.json` (size, frames, fps, where it came from, the hash of its split), `manifest.jsonl` (one
+record a clip: `id`, `subject_id`, `split`, `shard`, `row`, and what else is known of it) and `shards/*.safetensors`.
+`entprog prepare` writes it from rendered people or from videos; training, scoring and evaluation read it.
+
+Letters: N clips, F frames, H, W pixels.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SPLITS = ("train", "test", "hard")  # test: unseen people; hard: unseen people and unseen motions
+
+# What a pixel shows. Rendered people know their garments; real footage only knows person, and face by a box.
+LABELS = {"background": 0, "face": 1, "skin": 2, "hair": 3, "top": 4, "bottom": 5, "shoes": 6, "person": 7}
+
+
+@dataclass(frozen=True)
+class PreparedClip:
+    """One clip of one person, and a reference image of the same person far from it.
+
+    video (F, 3, H, W), reference (3, H, W): uint8. keypoints (F, 17, 3), reference_keypoints (17, 3): COCO-17, x and y
+    in pixels of the frame, visibility in [0, 1]. labels (F, H, W), reference_labels (H, W): uint8, values of LABELS.
+    face (F, 3, S, S): uint8 crops of the face, where there are any. about: other keys of the manifest line.
+    """
+
+    id: str
+    subject_id: str
+    split: str
+    fps: float
+    video: Tensor
+    keypoints: Tensor
+    labels: Tensor
+    reference: Tensor
+    reference_keypoints: Tensor
+    reference_labels: Tensor
+    face: Tensor | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v.contiguous() for k, v in values.items() if isinstance(v, Tensor)}
+
+
+def split_hash(records: Iterable[Mapping[str, Any]]) -> str:
+    """Return 12 hex digits that change when any clip changes its split or person."""
+    lines = sorted(f"{r['id']}\t{r['subject_id']}\t{r['split']}" for r in records)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+class ShardWriter:
+    """Write prepared clips; used as a context manager. What was written before an interruption is kept.
+
+        with ShardWriter(folder, about={"kind": "rendered", "size": 64, "frames": 16, "fps": 8, "seed": 0}) as writer:
+            for clip in clips:
+                if clip.id not in writer.done: writer.add(clip)
+
+    Clips of different shapes go to different shards. A shard is written whole before the manifest names its clips.
+    ValueError if the folder was begun with another `about`, for a split that SPLITS lacks and for an id used twice.
+    """
+
+    def __init__(self, folder: str | Path, about: Mapping[str, Any], *, per_shard: int = 64) -> None:
+        self.folder, self.about, self.per_shard = Path(folder), dict(about), per_shard
+        (self.folder / "shards").mkdir(parents=True, exist_ok=True)
+        path = self.folder / "dataset.json"
+        if path.exists():
+            saved = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("clips", "split_hash")}
+            if saved != json.loads(json.dumps(self.about)):
+                raise ValueError(
+                    f"{folder} was prepared as {saved}, now asked for as {self.about}: choose another --out"
+                )
+        self._write_about({})
+        manifest = self.folder / "manifest.jsonl"
+        self.records = _read_lines(manifest) if manifest.exists() else []
+        self.done = {r["id"] for r in self.records}
+        self._pending: dict[Any, list[PreparedClip]] = {}
+
+    def _write_about(self, counted: Mapping[str, Any]) -> None:
+        (self.folder / "dataset.json").write_text(json.dumps(self.about | dict(counted), indent=1) + "\n")
+
+    def add(self, clip: PreparedClip) -> None:
+        """Take a clip; it is on disk when its shard is full or the writer is closed."""
+        if clip.split not in SPLITS:
+            raise ValueError(f"clip {clip.id!r} has the split {clip.split!r}: choose one of {SPLITS}")
+        if clip.id in self.done:
+            raise ValueError(f"clip id {clip.id!r} is used twice, ids name one clip each")
+        self.done.add(clip.id)
+        shapes = tuple((k, tuple(v.shape)) for k, v in sorted(clip.tensors().items()))
+        group = self._pending.setdefault((clip.split, shapes), [])
+        group.append(clip)
+        if len(group) == self.per_shard:
+            self._flush(group)
+
+    def _flush(self, group: list[PreparedClip]) -> None:
+        if not group:
+            return
+        number = 1 + max((int(r["shard"].split("-")[-1].split(".")[0]) for r in self.records), default=-1)
+        name = f"{group[0].split}-{number:05d}.safetensors"
+        rows = [clip.tensors() for clip in group]
+        partial = self.folder / "shards" / f"{name}.partial"
+        save_file({k: torch.stack([r[k] for r in rows]) for k in rows[0]}, partial)
+        partial.rename(self.folder / "shards" / name)
+        with (self.folder / "manifest.jsonl").open("a") as manifest:
+            for row, clip in enumerate(group):
+                height, width = clip.video.shape[-2:]
+                record = {"id": clip.id, "subject_id": clip.subject_id, "split": clip.split, "shard": name, "row": row,
+                          "fps": clip.fps, "frames": len(clip.video), "height": height, "width": width}  # fmt: skip
+                self.records.append(record | dict(clip.about))
+                manifest.write(json.dumps(self.records[-1]) + "\n")
+        group.clear()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Write what is pending, and after a run without error the number of clips and the hash of the split."""
+        for group in self._pending.values():
+            self._flush(group)
+        if kind is None:
+            self._write_about({"clips": len(self.records), "split_hash": split_hash(self.records)})
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def is_prepared(folder: str | Path) -> bool:
+    """Whether a folder holds a prepared data set (and not, say, a manifest of video files)."""
+    return (Path(folder) / "dataset.json").exists()
+
+
+class Prepared:
+    """The clips of one split of a prepared folder, read from disk when they are asked for.
+
+    `about` is dataset.json, `records` the manifest lines of the split, in order. ValueError for a folder that is not
+    prepared, or whose split is empty.
+    """
+
+    def __init__(self, folder: str | Path, split: str) -> None:
+        self.folder, self.split = Path(folder), split
+        if not is_prepared(folder):
+            raise ValueError(f"{folder} holds no dataset.json: run entprog prepare first")
+        self.about: dict[str, Any] = json.loads((self.folder / "dataset.json").read_text())
+        every = _read_lines(self.folder / "manifest.jsonl")
+        self.records = [r for r in every if r["split"] == split]
+        if not self.records:
+            raise ValueError(
+                f"{folder} has no clip of split {split!r}: choose one of {sorted({r['split'] for r in every})}"
+            )
+        self._open: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def rows(self, indices: Sequence[int], names: Sequence[str]) -> dict[str, Tensor]:
+        """Read some tensors of some clips, stacked on a first axis. ValueError for clips of different shapes."""
+        read = [[self.stored(self.records[i], name)[self.records[i]["row"]] for name in names] for i in indices]
+        if len(shapes := {tuple(tuple(v.shape) for v in row) for row in read}) > 1:
+            raise ValueError(f"the clips {list(indices)} have different shapes {sorted(shapes)}: batch them by bucket")
+        return {name: torch.stack([row[i] for row in read]) for i, name in enumerate(names)}
+
+    def stored(self, record: Mapping[str, Any], name: str, cache: str = "") -> Any:
+        """Return the slice object of one tensor of a clip's shard, or of that shard's copy in a cache folder."""
+        path = self.folder / (cache or "shards") / record["shard"]
+        if path not in self._open:
+            self._open[path] = safe_open(str(path), framework="pt")  # mapped, not loaded
+        return self._open[path].get_slice(name)
