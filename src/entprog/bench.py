@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from entprog.blocks import Block, find_blocks, record_example
 from entprog.config import RunConfig, check_same
 from entprog.data.batches import Batch, Data, fixed_batches, load_data
-from entprog.data.prepared import Prepared, is_prepared
+from entprog.data.cache import Stored
 from entprog.measure import count_flops, now, saved_bytes
 from entprog.metrics.frame import psnr, ssim
 from entprog.metrics.protocol import bootstrap_interval
@@ -55,9 +55,10 @@ def first_clips(config: RunConfig, data: Data, count: int, frames: int | None = 
     frames, count = frames or config.frames, min(count, len(data["video"]))
     whole = fixed_batches({k: v[:count] for k, v in data.items()}, batch_size=count, conditions=config.conditions)[0]
     batch = {k: v[:, :, :frames] if k in ("video", "pose", "noise") else v for k, v in whole.items()}
-    if not is_prepared(config.data):
+    column = data["video"]
+    if not isinstance(column, Stored):
         return batch, batch["video"]
-    pixels = Prepared(config.data, "test").rows(range(count), ["video"])["video"]
+    pixels = column.prepared.rows(column.indices[:count], ["video"])["video"]
     return batch, pixels[:, :frames].transpose(1, 2) / 127.5 - 1
 
 

@@ -1,4 +1,4 @@
-"""The command line: entprog demo | score | train | sample | report.
+"""The command line: entprog demo | prepare | score | train | sample | evaluate | report.
 
 Exit codes: 0 done, 1 failed, 2 bad input.
 """
@@ -39,6 +39,9 @@ def progress_bar() -> Iterator[Any]:
             name = info.get("run", "run")
             if name not in tasks:
                 tasks[name] = bar.add_task(name, total=1.0, note="")
+            if "done" in info:
+                bar.update(tasks[name], completed=info["done"] / info["of"], note=f"{info['done']} of {info['of']}")
+                return
             if "message" in info:
                 bar.update(tasks[name], note=info["message"])
                 return
@@ -115,7 +118,107 @@ def _last_ranking(run: Path) -> list[str]:
     return Scores.load(sorted((run / "scores").glob("*.json"))[-1]).ranking
 
 
+def _prepare(args: argparse.Namespace) -> None:
+    if bool(args.videos) == bool(args.rendered):
+        raise ValueError("entprog prepare takes either videos or --rendered N: one of them")
+    with progress_bar() as show:
+        if args.rendered:
+            from entprog.data.rendered import render_people
+
+            unseen = max(2, args.rendered // 10)
+            people = {"train": args.rendered, "test": unseen, "hard": unseen}
+            render_people(
+                people, args.out, size=args.size, frames=args.frames, fps=args.fps, seed=args.seed,
+                clips_per_person=args.clips_per_person,
+                on_progress=lambda done, total: show({"run": "rendering", "done": done, "of": total}),
+            )  # fmt: skip
+        else:
+            from entprog.data.prepare import prepare_videos
+
+            found = prepare_videos(
+                args.videos if len(args.videos) > 1 else args.videos[0], args.out, size=args.size,
+                frames=args.frames, fps=args.fps, aspects=args.aspects, subject=args.subject, seed=args.seed,
+                test_subjects=args.test_subjects, test_videos=args.test_videos, face_size=args.face_size,
+                on_progress=lambda done, total, name: show({"run": f"preparing {name}", "done": done, "of": total}),
+            )  # fmt: skip
+            console.print(f"clips: {found['clips']}")
+            for message in (*found["warnings"], *(f"{e['video']}: {e['error']}" for e in found["errors"])):
+                console.print(f"[yellow]{message}")
+        if args.autoencoder:
+            _cache_latents(args, show)
+    console.print(f"data: {args.out}")
+
+
+def _cache_latents(args: argparse.Namespace, show: Any) -> None:
+    from entprog.data.cache import load_split
+    from entprog.data.prepared import SPLITS, Prepared
+    from entprog.models.autoencoder import Autoencoder
+
+    autoencoder = Autoencoder(args.autoencoder)
+    for split in SPLITS:
+        try:
+            Prepared(args.out, split)
+        except ValueError:
+            continue  # no clips in it
+        load_split(args.out, split, autoencoder, lambda share: show({"run": "encoding", "done": share, "of": 1}))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    import json
+
+    from entprog.data.detect import PoseEstimator
+    from entprog.data.prepared import Prepared
+    from entprog.evaluate import compare, evaluate, load_videos
+
+    source = Path(args.source)
+    if (source / "checkpoints" / "final").exists():
+        from entprog.recipe import draw_videos
+
+        config = load_config(source / "config.yaml", args.overrides)
+        config = replace(config, data=args.reference or config.data)
+        with console.status(f"drawing {args.clips} clips"):
+            videos, data = draw_videos(
+                config, str(source / "checkpoints" / "final"), args.split, args.clips, args.frames
+            )
+    else:
+        if not args.reference:
+            raise ValueError("evaluating videos needs --reference DATA, the prepared folder they were made for")
+        videos, data = load_videos(source), Prepared(args.reference, args.split)
+        data.records = [r for r in data.records if r["id"] in videos]
+    with progress_bar() as show:
+        result = evaluate(
+            videos, data, estimate=PoseEstimator(), networks=tuple(args.networks),
+            on_progress=lambda done, total: show({"run": "evaluating", "done": done, "of": total}),
+        )  # fmt: skip
+    out = Path(args.out or source / f"evaluation-{args.split}.json")
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    console.print(_evaluation_table(result))
+    if args.against:
+        console.print_json(json.dumps(compare(result, json.loads(Path(args.against).read_text()))))
+    console.print(f"evaluation: {out}")
+
+
+def _evaluation_table(result: dict[str, Any]) -> Table:
+    """One line a metric, one column for the videos, the truth and each baseline."""
+    table = Table(title=f"{result['protocol']['clips']} clips of split {result['protocol']['split']}")
+    rows = result["rows"]
+    for column in ("", *rows):
+        table.add_column(column, justify="right")
+    names = list(dict.fromkeys(name for row in rows.values() for name in row["means"]))
+    for name in names:
+        cells = [row["means"].get(name) for row in rows.values()]
+        table.add_row(name, *(f"{c['mean']:.4g}" if c else "-" for c in cells))
+    distances = [(row.get("fvd") or {}).get("value") for row in rows.values()]
+    table.add_row("fvd", *(f"{value:.4g}" if value is not None else "-" for value in distances))
+    return table
+
+
 def _train(args: argparse.Namespace) -> None:
+    from entprog.recipe import is_recipe
+
+    if is_recipe(args.config):
+        _train_recipe(args)
+        return
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         console.print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
@@ -130,6 +233,22 @@ def _train(args: argparse.Namespace) -> None:
     if (out / "data_errors.json").exists():
         console.print(f"[yellow]some clips could not be read: see {out / 'data_errors.json'}")
     console.print(f"model: {out / 'checkpoints' / 'final'}\nreport: {write_report(out)}")
+
+
+def _train_recipe(args: argparse.Namespace) -> None:
+    from entprog.recipe import load_recipe, run_recipe
+    from entprog.report import write_report
+
+    recipe, out = load_recipe(args.config, args.overrides), Path(args.out)
+    if args.dry_run:
+        console.print(yaml.safe_dump(asdict(recipe), sort_keys=False), end="")
+        return
+    with progress_bar() as show:
+        results = run_recipe(recipe, out, show)
+    for split, found in results["evaluation"].items():
+        for strategy, result in found.items():
+            console.print(f"{strategy}, {split}", _evaluation_table(result))
+    console.print(f"report: {write_report(out)}")
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -222,6 +341,25 @@ def _report(args: argparse.Namespace) -> None:
     console.print(f"report: {write_report(Path(args.run))}")
 
 
+def _add_prepare(commands: Any) -> None:
+    prepare = commands.add_parser("prepare", help="render people, or cut, pose and crop videos, into a data folder")
+    prepare.add_argument("videos", nargs="*", help="video files or one folder of them")
+    prepare.add_argument("--rendered", type=int, metavar="N", help="render N people, and a tenth more for each test")
+    prepare.add_argument("--out", required=True, help="data folder; the same command resumes")
+    prepare.add_argument("--size", type=int, default=64, help="pixels of a side (default: %(default)s)")
+    prepare.add_argument("--frames", type=int, default=16, help="frames of a clip (default: %(default)s)")
+    prepare.add_argument("--fps", type=float, default=10.0, help="frames a second (default: %(default)s)")
+    prepare.add_argument("--seed", type=int, default=0)
+    prepare.add_argument("--clips-per-person", type=int, default=4)
+    prepare.add_argument("--aspects", nargs="+", default=["1:1"], help="shapes of the crops, e.g. 1:1 3:4 9:16")
+    prepare.add_argument("--subject", default="video", help="video, folder, a pattern or a .json/.csv file: who is who")
+    prepare.add_argument("--test-subjects", nargs="*", default=[], help="people kept for testing")
+    prepare.add_argument("--test-videos", nargs="*", default=[], help="views kept for testing where people are few")
+    prepare.add_argument("--face-size", type=int, default=0, help="pixels of face crops, 0 for none")
+    prepare.add_argument("--autoencoder", help="make its latents now: taef2, or a folder of diffusers")
+    prepare.set_defaults(function=_prepare)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="entprog", description="Train the blocks of a video diffusion model that matter."
@@ -232,8 +370,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seconds", type=float, default=60.0, help="net seconds per strategy (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(function=_demo)
-    train = commands.add_parser("train", help="train one configuration; the same command resumes")
-    train.add_argument("config", help="YAML file of RunConfig fields")
+    _add_prepare(commands)
+    train = commands.add_parser("train", help="train one configuration or a recipe; the same command resumes")
+    train.add_argument("config", help="YAML file of RunConfig fields, or a recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.add_argument("--out", required=True, help="run folder")
     train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
@@ -255,6 +394,17 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--fps", type=float, default=8.0)
     sample.add_argument("--out", help="mp4 file (default: RUN/samples.mp4)")
     sample.set_defaults(function=_sample)
+    evaluate = commands.add_parser("evaluate", help="score a run's or anybody's videos of prepared clips")
+    evaluate.add_argument("source", help="run folder, or a folder of ID.mp4")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. guidance_scale=4 sampler=ddpm")
+    evaluate.add_argument("--reference", help="prepared folder (default: the run's)")
+    evaluate.add_argument("--split", default="test", help="test or hard (default: %(default)s)")
+    evaluate.add_argument("--clips", type=int, default=32, help="drawn for a run (default: %(default)s)")
+    evaluate.add_argument("--frames", type=int, help="frames of each (default: as trained)")
+    evaluate.add_argument("--networks", nargs="*", default=["alex", "vgg", "i3d", "face"], help="of these, all")
+    evaluate.add_argument("--against", help="another evaluation's JSON: paired differences")
+    evaluate.add_argument("--out", help="JSON file (default: evaluation-SPLIT.json in the folder)")
+    evaluate.set_defaults(function=_evaluate)
     report = commands.add_parser("report", help="write a run folder's report.html again")
     report.add_argument("run", help="run folder")
     report.set_defaults(function=_report)

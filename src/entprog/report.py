@@ -69,18 +69,22 @@ def write_report(run: Path) -> Path:
     `run` is the folder of a single run or of a comparison. Raises ValueError when its results.json is missing, cannot
     be read, or is of another kind.
     """
-    results = _read_json(run / "results.json")
+    results = read_json(run / "results.json")
     kind = results.get("kind") if isinstance(results, dict) else None
+    if kind == "recipe":
+        from entprog.recipe_report import write_recipe_report
+
+        return write_recipe_report(run, results)
     if kind not in ("run", "comparison"):
-        problem = "is missing" if results is None else f"has kind {kind!r}, not 'run' or 'comparison'"
+        problem = "is missing" if results is None else f"has kind {kind!r}, not 'run', 'comparison' or 'recipe'"
         raise ValueError(f"{run / 'results.json'} {problem}; finish `entprog train` or `entprog bench` there first")
     if kind == "comparison":
-        runs = [_read_run(run / name, name, own) for name, own in results["strategies"].items()]
+        runs = [read_run(run / name, name, own) for name, own in results["strategies"].items()]
     else:
-        runs = [_read_run(run, results.get("strategy", "run"), results)]
+        runs = [read_run(run, results.get("strategy", "run"), results)]
     path = run / "report.html"
     with style.context(["default", CHART_STYLE]):  # "default": a user's matplotlibrc must not change the page
-        path.write_text(_render(_content(run, results, runs)), encoding="utf-8")
+        path.write_text(render("report.html.j2", _content(run, results, runs)), encoding="utf-8")
     return path
 
 
@@ -155,7 +159,7 @@ def _overlap(one: Run, two: Run) -> bool | None:
 
 def _content(folder: Path, results: dict[str, Any], runs: list[Run]) -> dict[str, Any]:
     """Return everything the template shows; each chart is a data URI or None."""
-    costs = (_read_json(folder / "step_cost.json") or {}).get("models", [])
+    costs = (read_json(folder / "step_cost.json") or {}).get("models", [])
     ledgers, curves = [r for r in runs if r.ledger.get("seconds")], [r for r in runs if r.results.get("curve")]
     ratios = [row.get(f"{k}_ratio") or 0.0 for m in costs for row in m["rows"] for k in ("time", "flops", "bytes")]
     return {
@@ -171,7 +175,7 @@ def _content(folder: Path, results: dict[str, Any], runs: list[Run]) -> dict[str
         "lowest": min((loss for r in runs if (loss := _loss(r)) is not None), default=None),
         "ledger": _ledger_chart(ledgers) if ledgers else None,
         "curves": _curve_chart(curves) if curves else None,
-        "scores": {r.name: (_score_chart(r.scores[0]), r.scores) for r in runs if r.scores},
+        "scores": {r.name: (score_chart(r.scores[0]), r.scores) for r in runs if r.scores},
         "searches": {r.name: (_search_chart(r), r.of("search")) for r in runs if r.of("search")},
         "maps": {r.name: (_map_chart(r), r.of("modes")) for r in runs if r.of("modes")},
     }
@@ -180,7 +184,8 @@ def _content(folder: Path, results: dict[str, Any], runs: list[Run]) -> dict[str
 # ---- reading
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Return a JSON file's content, None where there is no file. ValueError if it is not JSON."""
     if not path.is_file():
         return None
     try:
@@ -189,16 +194,17 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); delete it or write it again") from error
 
 
-def _read_run(folder: Path, name: str, results: dict[str, Any]) -> Run:
+def read_run(folder: Path, name: str, results: dict[str, Any]) -> Run:
+    """Read what a run folder holds beside its results."""
     config = folder / "config.yaml"
     events = _read_events(folder / "events.jsonl")
     order = [Path(e["path"]).name for e in events if e.get("event") == "score" and e.get("path")]
     files = sorted((folder / "scores").glob("*.json"))
     files.sort(key=lambda path: order.index(path.name) if path.name in order else len(order))
-    scores = [{"file": path.stem, **_read_json(path)} for path in files]
+    scores = [{"file": path.stem, **read_json(path)} for path in files]
     scores.sort(key=lambda score: score.get("priority") != "cei")  # stable: the first CEI leads
     text = config.read_text(encoding="utf-8") if config.is_file() else None
-    return Run(name, folder, results, _read_json(folder / "ledger.json") or {}, events, scores, text)
+    return Run(name, folder, results, read_json(folder / "ledger.json") or {}, events, scores, text)
 
 
 def _read_events(path: Path) -> list[dict[str, Any]]:
@@ -221,7 +227,7 @@ def _clips(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
             number, _, part = path.stem.partition("_")
             if path.suffix in CLIP_TYPES:
                 column = run.name if part == "sample" else part
-                found.setdefault(number, {}).setdefault(column, _uri(CLIP_TYPES[path.suffix], path.read_bytes()))
+                found.setdefault(number, {}).setdefault(column, uri(CLIP_TYPES[path.suffix], path.read_bytes()))
     return dict(sorted(found.items()))
 
 
@@ -244,7 +250,7 @@ def _ledger_chart(runs: Sequence[Run]) -> str:
     axes.set_yticks(rows, [r.name for r in runs])
     axes.set(xlabel="seconds", ylim=(len(runs) - 0.5, -0.5))
     figure.legend(loc="outside upper left", ncols=9, fontsize=8, handlelength=1.0, columnspacing=1.2)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _curve_chart(runs: Sequence[Run]) -> str:
@@ -268,10 +274,11 @@ def _curve_chart(runs: Sequence[Run]) -> str:
     whole.set(xlabel="net seconds", ylabel="held-out loss", title="the whole run")
     late.set(xlabel="net seconds", title="its second half, enlarged; upright bar: final interval")
     whole.legend()
-    return _svg(figure)
+    return svg(figure)
 
 
-def _score_chart(score: dict[str, Any]) -> str:
+def score_chart(score: dict[str, Any]) -> str:
+    """Draw each block's score with its interval, and by time."""
     names, values, intervals = list(score["values"]), score["values"], score.get("intervals") or {}
     taus = score.get("per_tau") or {}
     heights = [2.6] + ([0.5 + 0.22 * len(taus)] if taus else [])
@@ -292,7 +299,7 @@ def _score_chart(score: dict[str, Any]) -> str:
         panels[1].set(ylabel="t (1 is noise)")
         figure.colorbar(mesh, ax=panels[1], pad=0.01, aspect=8)
     _block_ticks(panels[-1], names)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _search_chart(run: Run) -> str | None:
@@ -304,7 +311,7 @@ def _search_chart(run: Run) -> str | None:
     figure = Figure(figsize=((4, 7, 10.5)[columns - 1], 2.9 * lines))
     for place, search in enumerate(searches, 1):
         _search_panel(figure.add_subplot(lines, columns, place), search)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _search_panel(axes: Axes, search: dict[str, Any]) -> None:
@@ -348,7 +355,7 @@ def _map_chart(run: Run) -> str:
     axes.set(xlabel="progress of the run", xlim=(0, max(1.0, edges[-1])))
     handles = [Patch(color=c, label=k) for k, c in zip(kinds, colours, strict=True)]
     figure.legend(handles=handles, loc="outside upper left", ncols=7, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _block_ticks(axes: Axes, names: Sequence[str], vertical: bool = False) -> None:
@@ -362,26 +369,31 @@ def _block_ticks(axes: Axes, names: Sequence[str], vertical: bool = False) -> No
     axis.set_inverted(vertical)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """Return a figure as the URI of an SVG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _uri("image/svg+xml", buffer.getvalue())
+    return uri("image/svg+xml", buffer.getvalue())
 
 
-def _uri(kind: str, data: bytes) -> str:
+def uri(kind: str, data: bytes) -> str:
+    """Return data as a URI that a page can hold."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 # ---- the page
 
 
-def _render(content: dict[str, Any]) -> str:
+def render(template: str, content: dict[str, Any]) -> str:
+    """Fill one of the package's page templates."""
     # Chainable: an absent number reaches the filters as undefined, and they write the dash of "not measured"
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined, trim_blocks=True)
+    files = jinja2.FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
+    environment = jinja2.Environment(
+        loader=files, autoescape=True, undefined=jinja2.ChainableUndefined, trim_blocks=True
+    )
     filters: tuple[Callable[..., str], ...] = (_number, _interval, _bytes, _ranges, _join)
     environment.filters |= {function.__name__.removeprefix("_"): function for function in filters}
-    template = resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(content)
+    return environment.get_template(template).render(content)
 
 
 def _number(value: Any) -> str:

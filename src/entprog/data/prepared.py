@@ -144,11 +144,11 @@ def is_prepared(folder: str | Path) -> bool:
 class Prepared:
     """The clips of one split of a prepared folder, read from disk when they are asked for.
 
-    `about` is dataset.json, `records` the manifest lines of the split, in order. ValueError for a folder that is not
-    prepared, or whose split is empty.
+    `about` is dataset.json, `records` the manifest lines of the split, in order; with `limit` so many of them, spread
+    evenly over the split. ValueError for a folder that is not prepared, or whose split is empty.
     """
 
-    def __init__(self, folder: str | Path, split: str) -> None:
+    def __init__(self, folder: str | Path, split: str, limit: int | None = None) -> None:
         self.folder, self.split = Path(folder), split
         if not is_prepared(folder):
             raise ValueError(f"{folder} holds no dataset.json: run entprog prepare first")
@@ -159,7 +159,9 @@ class Prepared:
             raise ValueError(
                 f"{folder} has no clip of split {split!r}: choose one of {sorted({r['split'] for r in every})}"
             )
-        self._open: dict[str, Any] = {}
+        if limit is not None and limit < len(self.records):
+            self.records = [self.records[i * len(self.records) // limit] for i in range(limit)]
+        self._open: dict[Path, Any] = {}
 
     def __len__(self) -> int:
         return len(self.records)

@@ -92,6 +92,7 @@ class Autoencoder(nn.Module):
             self.encoder, self.decoder = _taef2()
             self.encoder.load_state_dict(load_file(TAEF2 / "encoder.safetensors"))
             self.decoder.load_state_dict(load_file(TAEF2 / "decoder.safetensors"))
+            self.to(memory_format=torch.channels_last)  # a third faster on a CPU
             self.channels, mean, std = 32, [0.0], [0.9]  # of natural images and rendered people, all channels alike
         else:
             self.network = _diffusers_autoencoder(Path(name))
@@ -104,7 +105,7 @@ class Autoencoder(nn.Module):
     def _encode(self, frames: Tensor) -> Tensor:
         """Frames (n, 3, H, W) in [-1, 1] to latents (n, C, h, w), not normalised; the mode, not a sample."""
         if self.network is None:
-            return self.encoder(frames / 2 + 0.5)
+            return self.encoder((frames / 2 + 0.5).contiguous(memory_format=torch.channels_last))
         whole = _is_video(self.network)
         out = self.network.encode(frames[:, :, None] if whole else frames)
         z = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 SIZES: dict[str, dict[str, int]] = {
     #                 parameters (patch 4, RGB)
     "T": {"hidden_size": 96, "depth": 12, "num_heads": 3},  # 1.5 M
-    "P": {"hidden_size": 192, "depth": 16, "num_heads": 6},  # 7.5 M (patch 1, 32 latent channels)
+    "P": {"hidden_size": 128, "depth": 12, "num_heads": 4},  # 2.7 M (patch 1, 32 latent channels)
     "S": {"hidden_size": 384, "depth": 24, "num_heads": 6},  # 44 M
     "B": {"hidden_size": 768, "depth": 24, "num_heads": 12},  # 175 M
     "XL": {"hidden_size": 1152, "depth": 56, "num_heads": 16},  # 904 M
@@ -78,8 +78,10 @@ class PoseGuider(nn.Module):
 
     def __init__(self, hidden_size: int, stride: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, padding=1), nn.SiLU()]
-        for _ in range(int(math.log2(stride))):
+        folded = max(1, stride // 4)  # at most two halvings are learned: convolutions over all pixels are dear
+        layers: list[nn.Module] = [nn.PixelUnshuffle(folded)] if folded > 1 else []
+        layers += [nn.Conv2d(3 * folded**2, 32, 3, padding=1), nn.SiLU()]
+        for _ in range(int(math.log2(stride // folded))):
             layers += [nn.Conv2d(layers[-2].out_channels, 64, 3, stride=2, padding=1), nn.SiLU()]  # type: ignore[arg-type]
         self.encoder = nn.Sequential(*layers)
         self.proj_out = nn.Conv2d(64, hidden_size, 1)

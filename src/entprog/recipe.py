@@ -1,0 +1,307 @@
+"""Recipes: human video in three phases, each its own run with its own scores, handed on from one to the next.
+
+    subject   reference image -> another image of the same person
+    pose      reference image and pose -> that frame
+    video     reference image and poses -> clip; only the temporal blocks may train
+
+A recipe file names a preset and changes what it likes of it. `run_recipe` renders or finds the data, trains the base
+once (or takes one), then every phase with every strategy for the same net seconds or steps, draws and evaluates unseen
+people, and writes one page. A strategy's phases hand their weights on; strategies share nothing but the base. Block
+names stay the same across phases, so that their scores can be laid side by side.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from entprog.bench import compare, environment, first_clips, model_of, sample_clips, train_run
+from entprog.config import RunConfig, make_config
+from entprog.data.batches import load_data
+from entprog.data.pose import draw_skeleton
+from entprog.data.prepared import Prepared, is_prepared
+from entprog.data.video import write_png, write_webp
+
+OnProgress = Callable[[dict[str, Any]], None]
+PHASES = ("subject", "pose", "video")
+
+# What each phase is, whatever its size: what it is given, how many frames, and which blocks may train.
+_TASKS: dict[str, dict[str, Any]] = {
+    "base": {"conditions": (), "frames": 1, "condition_dropout": 0.0},
+    "subject": {"conditions": ("reference",), "frames": 1},
+    "pose": {"conditions": ("pose", "reference"), "frames": 1},
+    "video": {"conditions": ("pose", "reference"), "candidates": "temporal"},
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe file says, resolved: RunConfig values common to all runs, and each phase's own.
+
+    `data` is a prepared folder, made with the arguments in `people` (of `render_people`) if it is not there. `base`
+    holds the values of the run that pretrains the base, or {"model": folder}. `evaluation`: splits, clips, frames.
+    """
+
+    data: str
+    people: Mapping[str, Any] = field(default_factory=dict)
+    strategies: tuple[str, ...] = ("full", "ent-prog")
+    seed: int = 0
+    common: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    phases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self, phase: str, strategy: str, model: str) -> RunConfig:
+        """Return one run's configuration. ValueError for values that RunConfig refuses."""
+        own = self.base if phase == "base" else self.phases[phase]
+        values = {"data": self.data, "seed": self.seed} | dict(self.common) | _TASKS[phase] | dict(own)
+        return make_config(values | {"strategy": strategy, "model": model})
+
+
+def cpu() -> dict[str, Any]:
+    """Preset: 64 px in the latents of TAEF2, minutes on two cores."""
+    return {
+        "people": {"people": {"train": 400, "test": 40, "hard": 40}, "size": 64, "frames": 16},
+        "common": {
+            "size": 64, "autoencoder": "taef2", "mixed_precision": "bf16", "clock": "wall", "lr_warmup": 0.05,
+            "held_out_clips": 32, "evaluations": 6, "samples": 8, "num_inference_steps": 20, "ema_decay": 0.99,
+            "condition_dropout": 0.0, "joint_dropout": 0.1, "guidance_scale": 2.0, "guided": ("pose", "reference"),
+            "checkpoint_every": 500,
+        },
+        "base": {"model": "P", "seconds": 1500, "batch_size": 32, "lr": 1e-3, "guidance_scale": 1.0, "guided": ()},
+        "phases": {
+            "subject": {"seconds": 150, "batch_size": 16, "lr": 5e-4, "guided": ("reference",)},
+            "pose": {"seconds": 480, "batch_size": 16, "lr": 5e-4},
+            "video": {"seconds": 300, "batch_size": 4, "lr": 1e-3, "frames": 8},
+        },
+        "evaluation": {"splits": ("test", "hard"), "clips": 32, "frames": 16},
+    }  # fmt: skip
+
+
+def gpu() -> dict[str, Any]:
+    """Preset: 256 px in the latents of TAEF2, PoseDiT-S, an hour or two on one GPU."""
+    preset = cpu()
+    preset["people"] = {"people": {"train": 2000, "test": 128, "hard": 128}, "size": 256, "frames": 16}
+    preset["common"] |= {"size": 256, "patch_size": 2, "ema_decay": 0.999, "held_out_clips": 64}
+    preset["base"] = {"model": "S", "steps": 20_000, "batch_size": 64, "lr": 3e-4} | {
+        k: preset["base"][k] for k in ("guidance_scale", "guided")
+    }
+    for name, values in (
+        ("subject", {"seconds": 600, "batch_size": 32, "lr": 1e-4}),
+        ("pose", {"seconds": 1800, "batch_size": 32, "lr": 1e-4}),
+        ("video", {"seconds": 1800, "batch_size": 4, "lr": 1e-4, "frames": 16}),
+    ):
+        preset["phases"][name] |= values
+    preset["evaluation"] |= {"clips": 256}
+    return preset
+
+
+def paper() -> dict[str, Any]:
+    """Preset: the published constants: 1e-5, noise prediction, 50k, 200k, 200k steps, IDDPM-100, guidance 4."""
+    preset = gpu()
+    preset["people"] = {"people": {"train": 4000, "test": 128, "hard": 128}, "size": 768, "frames": 16}
+    preset["common"] |= {
+        "size": 768, "objective": "epsilon", "lr": 1e-5, "lr_warmup": 0.0, "ema_decay": 0.0, "sampler": "ddpm",
+        "num_inference_steps": 100, "guidance_scale": 4.0,
+    }  # fmt: skip
+    preset["base"] |= {"model": "XL"}
+    preset["strategies"] = ("full", "paper")
+    for name, steps, batch, extra in (
+        ("subject", 50_000, 32, {}),
+        ("pose", 200_000, 8, {}),
+        ("video", 200_000, 4, {"frames": 10}),
+    ):
+        own = {k: v for k, v in preset["phases"][name].items() if k not in ("seconds", "lr")}
+        preset["phases"][name] = own | {"steps": steps, "batch_size": batch, "lr": 1e-5} | extra
+    return preset
+
+
+PRESETS: dict[str, Callable[[], dict[str, Any]]] = {"cpu": cpu, "gpu": gpu, "paper": paper}
+
+
+def is_recipe(path: str | Path) -> bool:
+    """Whether a YAML file is a recipe and not one run's configuration: it names a preset or phases."""
+    values = yaml.safe_load(Path(path).read_text()) or {}
+    return isinstance(values, dict) and bool({"preset", "phases"} & set(values))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file: a preset, changed by what the file says and then by `a.b=value` overrides (value in YAML).
+
+    ValueError for keys, presets, phases and values that are not valid.
+    """
+    values = yaml.safe_load(Path(path).read_text()) or {}
+    for item in overrides:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"override {item!r} is not of the form key=value")
+        *parents, last = key.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = yaml.safe_load(value)
+    return make_recipe(values)
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Lay values over the preset they name, and check every run's configuration."""
+    name = values.get("preset", "cpu")
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown: choose one of {sorted(PRESETS)}")
+    known = set(Recipe.__dataclass_fields__) | {"preset"}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"recipe keys {unknown} are unknown: choose from {sorted(known)}")
+    merged = _laid_over(PRESETS[name](), {k: v for k, v in values.items() if k != "preset"})
+    if wrong := sorted(set(merged["phases"]) - set(PHASES)):
+        raise ValueError(f"phases {wrong} are unknown: choose from {PHASES}")
+    if "data" not in merged:
+        raise ValueError("a recipe needs data: a prepared folder, or where to render one")
+    merged["strategies"] = tuple(merged.get("strategies", ("full", "ent-prog")))
+    recipe = Recipe(**merged)
+    for phase in recipe.phases:
+        for strategy in recipe.strategies:
+            recipe.config(phase, strategy, "P")
+    return recipe
+
+
+def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge mappings; a budget in steps replaces one in seconds and the other way round."""
+    out = dict(below)
+    for budget, other in (("steps", "seconds"), ("seconds", "steps")):
+        if above.get(budget) is not None:
+            out.pop(other, None)
+    for key, value in above.items():
+        out[key] = _laid_over(out[key], value) if isinstance(value, Mapping) and key in out else value
+    return out
+
+
+def prepare_data(recipe: Recipe, on_progress: OnProgress) -> None:
+    """Render the recipe's people if its data folder is not there yet, or was interrupted."""
+    folder = Path(recipe.data)
+    if is_prepared(folder) and "split_hash" in json.loads((folder / "dataset.json").read_text()):
+        return
+    if not recipe.people:
+        raise ValueError(f"{recipe.data} is not prepared and the recipe has no people to render: run entprog prepare")
+    from entprog.data.rendered import render_people
+
+    arguments = dict(recipe.people)
+    render_people(
+        arguments.pop("people"),
+        folder,
+        **arguments,
+        on_progress=lambda done, total: on_progress({"run": "rendering", "message": f"{done} of {total} clips"}),
+    )
+
+
+def train_base(recipe: Recipe, out: Path, on_progress: OnProgress) -> str:
+    """Pretrain the model all strategies start from, on single images without conditions; returns its folder."""
+    model = str(recipe.base["model"])
+    if (Path(model) / "config.json").exists():
+        return model
+    train_run(recipe.config("base", "full", model), out / "base", lambda info: on_progress(info | {"run": "base"}))
+    return str(out / "base" / "checkpoints" / "final")
+
+
+def train_phases(recipe: Recipe, out: Path, base: str, on_progress: OnProgress) -> dict[str, Any]:
+    """Train every phase with every strategy, each from its own weights of the phase before; {phase: comparison}."""
+    models = dict.fromkeys(recipe.strategies, base)
+    results = {}
+    for phase in (p for p in PHASES if p in recipe.phases):
+        configs = {s: recipe.config(phase, s, models[s]) for s in recipe.strategies}
+
+        def tagged(info: dict[str, Any], phase: str = phase) -> None:
+            on_progress(info | {"run": f"{phase}, {info['run']}"})
+
+        results[phase] = compare(configs, out / phase, f"phase {phase}", tagged)
+        models = {s: str(out / phase / s / "checkpoints" / "final") for s in recipe.strategies}
+    return results
+
+
+def draw_videos(
+    config: RunConfig, model: str, split: str, clips: int, frames: int | None = None, seed: int = 0
+) -> tuple[dict[str, Tensor], Prepared]:
+    """Draw clips of a split from their poses and references: ({id: uint8 (F, 3, H, W)}, the clips).
+
+    The clips are spread evenly over the split, `frames` long, by default whole.
+    """
+    config = replace(config, held_out_clips=clips, seed=seed, model=model)
+    data, _ = load_data(config, split)
+    prepared = Prepared(config.data, split, clips)
+    batch, _ = first_clips(config, data, clips, frames or data["video"].shape[2])
+    drawn = sample_clips(config, model_of(config), batch)
+    pixels = ((drawn + 1) * 127.5).round().to(torch.uint8).transpose(1, 2).contiguous()
+    return {r["id"]: v for r, v in zip(prepared.records[: len(pixels)], pixels, strict=True)}, prepared
+
+
+def evaluate_strategies(recipe: Recipe, out: Path, on_progress: OnProgress) -> dict[str, Any]:
+    """Draw and score unseen people with every strategy's last phase: {split: {strategy: evaluation}}.
+
+    Videos are kept as `OUT/videos/SPLIT-STRATEGY.safetensors`, evaluations as JSON beside them.
+    """
+    from entprog.data.detect import PoseEstimator
+    from entprog.evaluate import evaluate
+
+    last = [p for p in PHASES if p in recipe.phases][-1]
+    settings = dict(recipe.evaluation)
+    folder = out / "videos"
+    folder.mkdir(exist_ok=True)
+    results: dict[str, Any] = {}
+    for split in settings["splits"]:
+        for strategy in recipe.strategies:
+            path = folder / f"{split}-{strategy}.json"
+            if not path.exists():
+                on_progress({"run": f"evaluation, {split}", "message": f"drawing {strategy}"})
+                config = recipe.config(last, strategy, str(out / last / strategy / "checkpoints" / "final"))
+                videos, prepared = draw_videos(
+                    config, config.model, split, settings["clips"], settings.get("frames", config.frames)
+                )
+                save_file(videos, path.with_suffix(".safetensors"))
+                _keep_to_look_at(folder / split, strategy, videos, prepared)
+                on_progress({"run": f"evaluation, {split}", "message": f"measuring {strategy}"})
+                path.write_text(json.dumps(evaluate(videos, prepared, estimate=PoseEstimator()), indent=1) + "\n")
+            results.setdefault(split, {})[strategy] = json.loads(path.read_text())
+    return results
+
+
+def _keep_to_look_at(folder: Path, strategy: str, videos: Mapping[str, Tensor], prepared: Prepared) -> None:
+    """Write some clips as NNN_{reference,pose,truth,STRATEGY} for the report."""
+    folder.mkdir(exist_ok=True)
+    fps = prepared.records[0]["fps"]
+    count = min(8, len(prepared))
+    for i in (j * len(prepared) // count for j in range(count)):
+        clip = {k: v[0] for k, v in prepared.rows([i], ["video", "keypoints", "reference"]).items()}
+        height, width = clip["video"].shape[-2:]
+        write_png(folder / f"{i:03d}_reference.png", clip["reference"] / 127.5 - 1)
+        write_webp(
+            folder / f"{i:03d}_pose.webp", draw_skeleton(clip["keypoints"], height, width).transpose(0, 1), fps, low=0
+        )
+        own = videos[prepared.records[i]["id"]]
+        for name, video in (("truth", clip["video"]), (strategy, own)):
+            write_webp(folder / f"{i:03d}_{name}.webp", video.transpose(0, 1) / 127.5 - 1, fps)
+
+
+def run_recipe(recipe: Recipe, out: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
+    """Do a whole recipe: data, base, phases, samples, evaluation. The same call resumes; returns results.json.
+
+    ValueError if `out` was begun with another recipe.
+    """
+    say = on_progress or (lambda info: None)
+    out.mkdir(parents=True, exist_ok=True)
+    mine, path = json.loads(json.dumps(asdict(recipe))), out / "recipe.yaml"
+    if path.exists() and (saved := yaml.safe_load(path.read_text())) != mine:
+        differing = {k: (saved.get(k), v) for k, v in mine.items() if saved.get(k) != v}
+        raise ValueError(f"{out} holds another recipe; (saved, now): {differing}. Choose another --out")
+    path.write_text(yaml.safe_dump(mine, sort_keys=False))
+    prepare_data(recipe, say)
+    base = train_base(recipe, out, say)
+    phases = train_phases(recipe, out, base, say)
+    results = {"kind": "recipe", "title": "human video", "strategies": list(recipe.strategies), "base": base}
+    results |= environment() | {"phases": phases, "evaluation": evaluate_strategies(recipe, out, say)}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results

@@ -1,0 +1,174 @@
+"""Prepared folders, their latents, and the batches taken from them."""
+
+import json
+
+import pytest
+import torch
+
+from entprog.data.batches import batch_at, fixed_batches, load_data
+from entprog.data.cache import load_split, take
+from entprog.data.pose import draw_skeleton
+from entprog.data.prepared import LABELS, Prepared, PreparedClip, ShardWriter, split_hash
+from entprog.models.autoencoder import Autoencoder
+
+ABOUT = {"kind": "noise", "size": 16, "frames": 6, "fps": 10, "seed": 0}
+
+
+def make_clip(i: int, split: str = "train", size: int = 16, frames: int = 6) -> PreparedClip:
+    g = torch.Generator().manual_seed(i)
+
+    def pixels(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+
+    def points(*shape: int) -> torch.Tensor:
+        return torch.cat((torch.rand(*shape, 17, 2, generator=g) * size, torch.ones(*shape, 17, 1)), -1)
+
+    return PreparedClip(
+        id=f"clip-{i}", subject_id=f"person-{i // 2}", split=split, fps=10.0, video=pixels(frames, 3, size, size),
+        keypoints=points(frames), labels=pixels(frames, size, size) % 7, reference=pixels(3, size, size),
+        reference_keypoints=points(), reference_labels=pixels(size, size) % 7, about={"motion": "walk"},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with ShardWriter(tmp_path / "data", ABOUT, per_shard=3) as writer:
+        for i in range(10):
+            writer.add(make_clip(i, "train" if i < 8 else "test"))
+    return tmp_path / "data"
+
+
+def test_what_is_written_is_read(folder):
+    data = Prepared(folder, "train")
+    assert len(data) == 8 and data.about["clips"] == 10 and data.records[3]["motion"] == "walk"
+    rows = data.rows([5, 0], ["video", "keypoints", "reference"])
+    for row, i in enumerate((5, 0)):
+        assert torch.equal(rows["video"][row], make_clip(i).video)
+        assert torch.equal(rows["keypoints"][row], make_clip(i).keypoints)
+
+
+def test_an_interrupted_writer_goes_on(folder, tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    with pytest.raises(Interrupted), ShardWriter(tmp_path / "other", ABOUT, per_shard=3) as writer:
+        for i in range(5):
+            writer.add(make_clip(i))
+        raise Interrupted
+    assert "split_hash" not in json.loads((tmp_path / "other" / "dataset.json").read_text())
+    with ShardWriter(tmp_path / "other", ABOUT, per_shard=3) as writer:
+        for i in range(10):
+            if f"clip-{i}" not in writer.done:
+                writer.add(make_clip(i, "train" if i < 8 else "test"))
+    one, two = (json.loads((f / "dataset.json").read_text()) for f in (folder, tmp_path / "other"))
+    assert one == two
+    for f in (folder, tmp_path / "other"):
+        assert torch.equal(Prepared(f, "train").rows([6], ["video"])["video"][0], make_clip(6).video)
+
+
+def test_the_split_hash_sees_every_change():
+    records = [{"id": str(i), "subject_id": "a", "split": "train"} for i in range(3)]
+    assert split_hash(records) == split_hash(records[::-1])
+    moved = [records[0] | {"split": "test"}, *records[1:]]
+    assert split_hash(moved) != split_hash(records) != split_hash([records[0] | {"subject_id": "b"}, *records[1:]])
+
+
+def test_bad_folders_clips_and_splits_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="choose another --out"):
+        ShardWriter(folder, ABOUT | {"seed": 1})
+    with ShardWriter(tmp_path / "x", ABOUT) as writer:
+        writer.add(make_clip(0))
+        with pytest.raises(ValueError, match="used twice"):
+            writer.add(make_clip(0))
+        with pytest.raises(ValueError, match="choose one of"):
+            writer.add(make_clip(1, "validation"))
+    with pytest.raises(ValueError, match="no clip of split 'hard'"):
+        Prepared(folder, "hard")
+    with pytest.raises(ValueError, match="entprog prepare"):
+        Prepared(tmp_path, "train")
+
+
+def test_a_limit_spreads_over_the_split(folder):
+    assert [r["id"] for r in Prepared(folder, "train", 4).records] == ["clip-0", "clip-2", "clip-4", "clip-6"]
+    assert len(Prepared(folder, "train", 100)) == 8
+
+
+def test_pixels_from_disk_equal_the_clips(folder):
+    data = load_split(folder, "train")
+    assert data["video"].shape == (8, 3, 6, 16, 16) and len(data["video"][2:5]) == 3
+    clip = make_clip(4)
+    video = take(data["video"], "video", [4])[0]
+    assert torch.allclose(video, clip.video.transpose(0, 1) / 127.5 - 1)
+    window = take(data["video"], "video", [4], [slice(2, 4)])[0]
+    assert torch.equal(window, video[:, 2:4])
+    pose = take(data["pose"], "pose", [4])[0]
+    assert (pose - draw_skeleton(clip.keypoints, 16, 16).transpose(0, 1)).abs().max() <= 0.5 / 255 + 1e-6
+    assert torch.equal(take(data["labels"], "labels", [4])[0], clip.labels)
+    assert torch.equal(take(data["reference"][3:], "reference", [1])[0], clip.reference / 127.5 - 1)
+
+
+def test_latents_are_cached_once_and_decode_to_the_video(folder):
+    autoencoder = Autoencoder("taef2")
+    data = load_split(folder, "train", autoencoder)
+    assert data["video"].shape == (8, 32, 6, 2, 2) and data["pose"].shape == (8, 3, 6, 16, 16)
+    expected = autoencoder.encode(make_clip(1).video.transpose(0, 1)[None] / 127.5 - 1)[0]
+    assert (take(data["video"], "video", [1])[0] - expected).abs().max() < 0.1  # half precision, encoded in bf16 where that is fast
+    before = {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*.safetensors")}
+    load_split(folder, "train", autoencoder)
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*.safetensors")}
+
+
+def test_batches_from_disk_equal_batches_from_memory(folder):
+    stored = load_split(folder, "train")
+    memory = {k: torch.stack([take(v, k, [i])[0] for i in range(8)]) for k, v in stored.items()}
+    for frames in (None, 1, 4):
+        a, b = (batch_at(d, 3, batch_size=2, seed=5, frames=frames) for d in (stored, memory))
+        assert a.keys() == b.keys() and a["video"].shape[2] == (frames or 6)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        for x, y in zip(
+            *(fixed_batches(d, batch_size=3, frames=frames, draws=2) for d in (stored, memory)), strict=True
+        ):
+            assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_image_batches_see_every_frame(folder):
+    data = load_split(folder, "train")
+    seen = {
+        tuple(batch_at(data, p, batch_size=1, seed=0, frames=1)["pose"].flatten()[:400].tolist()) for p in range(300)
+    }
+    assert len(seen) > 40  # of 48 frames
+
+
+def test_a_reference_takes_its_pose_along_when_it_is_dropped(folder):
+    data = load_split(folder, "train")
+    for p in range(40):
+        batch = batch_at(data, p, batch_size=1, seed=0, condition_dropout=0.5)
+        assert ("reference" in batch) == ("reference_pose" in batch)
+    assert all(
+        set(batch_at(data, p, batch_size=1, seed=0, joint_dropout=0.5)) & {"pose", "reference"}
+        in ({"pose", "reference"}, set())
+        for p in range(40)
+    )
+    only = batch_at(data, 0, batch_size=1, seed=0, conditions=("reference",))
+    assert "pose" not in only and "reference" in only
+    with pytest.raises(ValueError, match="the data have no"):
+        batch_at({"video": torch.zeros(2, 3, 1, 4, 4)}, 0, batch_size=1, seed=0, conditions=("pose",))
+
+
+def test_too_few_frames_are_refused(folder):
+    with pytest.raises(ValueError, match="do not hold 9"):
+        batch_at(load_split(folder, "train"), 0, batch_size=1, seed=0, frames=9)
+
+
+def test_a_run_loads_the_split_it_asks_for(folder):
+    from entprog.config import make_config
+
+    config = make_config({"data": str(folder), "steps": 1, "frames": 2, "held_out_clips": 1})
+    assert len(load_data(config, "train")[0]["video"]) == 8
+    assert len(load_data(config, "test")[0]["video"]) == 1
+    with pytest.raises(ValueError, match="not prepared"):
+        load_data(make_config({"data": str(folder.parent), "steps": 1, "autoencoder": "taef2"}), "train")
+
+
+def test_labels_are_bytes():
+    assert set(LABELS.values()) == set(range(8))
