@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from entprog.data.prepared import PreparedClip
 from entprog.models.pose_dit import pose_dit
 
 torch.set_num_threads(1)
@@ -108,3 +109,23 @@ def trained_by(inputs: dict[str, Any]) -> Callable[[nn.Module, Any], Tensor]:
         return (prediction - target).square().flatten(1).mean(1)
 
     return loss_fn
+
+
+# a prepared data set of noise
+ABOUT = {"kind": "noise", "size": 16, "frames": 6, "fps": 10, "seed": 0}
+
+
+def make_clip(i: int, split: str = "train", size: int = 16, frames: int = 6) -> PreparedClip:
+    g = torch.Generator().manual_seed(i)
+
+    def pixels(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+
+    def points(*shape: int) -> torch.Tensor:
+        return torch.cat((torch.rand(*shape, 17, 2, generator=g) * size, torch.ones(*shape, 17, 1)), -1)
+
+    return PreparedClip(
+        id=f"clip-{i}", subject_id=f"person-{i // 2}", split=split, fps=10.0, video=pixels(frames, 3, size, size),
+        keypoints=points(frames), labels=pixels(frames, size, size) % 7, reference=pixels(3, size, size),
+        reference_keypoints=points(), reference_labels=pixels(size, size) % 7, about={"motion": "walk"},
+    )  # fmt: skip

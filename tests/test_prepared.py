@@ -4,30 +4,13 @@ import json
 
 import pytest
 import torch
+from conftest import ABOUT, make_clip
 
 from entprog.data.batches import batch_at, fixed_batches, load_data
 from entprog.data.cache import load_split, take
 from entprog.data.pose import draw_skeleton
-from entprog.data.prepared import LABELS, Prepared, PreparedClip, ShardWriter, split_hash
+from entprog.data.prepared import LABELS, Prepared, ShardWriter, split_hash
 from entprog.models.autoencoder import Autoencoder
-
-ABOUT = {"kind": "noise", "size": 16, "frames": 6, "fps": 10, "seed": 0}
-
-
-def make_clip(i: int, split: str = "train", size: int = 16, frames: int = 6) -> PreparedClip:
-    g = torch.Generator().manual_seed(i)
-
-    def pixels(*shape: int) -> torch.Tensor:
-        return torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
-
-    def points(*shape: int) -> torch.Tensor:
-        return torch.cat((torch.rand(*shape, 17, 2, generator=g) * size, torch.ones(*shape, 17, 1)), -1)
-
-    return PreparedClip(
-        id=f"clip-{i}", subject_id=f"person-{i // 2}", split=split, fps=10.0, video=pixels(frames, 3, size, size),
-        keypoints=points(frames), labels=pixels(frames, size, size) % 7, reference=pixels(3, size, size),
-        reference_keypoints=points(), reference_labels=pixels(size, size) % 7, about={"motion": "walk"},
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -112,7 +95,9 @@ def test_latents_are_cached_once_and_decode_to_the_video(folder):
     data = load_split(folder, "train", autoencoder)
     assert data["video"].shape == (8, 32, 6, 2, 2) and data["pose"].shape == (8, 3, 6, 16, 16)
     expected = autoencoder.encode(make_clip(1).video.transpose(0, 1)[None] / 127.5 - 1)[0]
-    assert (take(data["video"], "video", [1])[0] - expected).abs().max() < 0.1  # half precision, encoded in bf16 where that is fast
+    assert (
+        take(data["video"], "video", [1])[0] - expected
+    ).abs().max() < 0.1  # half precision, encoded in bf16 where that is fast
     before = {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*.safetensors")}
     load_split(folder, "train", autoencoder)
     assert before == {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*.safetensors")}

@@ -1,0 +1,132 @@
+"""Recipes: phases that hand on, temporal candidates, and the whole of it on noise."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ABOUT, make_clip
+
+from entprog.data.prepared import ShardWriter
+from entprog.models.pretrained import load_model
+from entprog.recipe import PRESETS, is_recipe, load_recipe, make_recipe, run_recipe
+from entprog.report import write_report
+
+TINY = {
+    "common": {
+        "size": 16, "autoencoder": "", "mixed_precision": "no", "clock": "model", "held_out_clips": 4,
+        "evaluations": 2, "samples": 1, "num_inference_steps": 2, "checkpoint_every": 50, "ema_decay": 0.0,
+    },
+    "base": {"model": "T", "steps": 3, "seconds": None, "batch_size": 4},
+    "phases": {
+        "subject": {"steps": 4, "batch_size": 4}, "pose": {"steps": 4, "batch_size": 4},
+        "video": {"steps": 4, "batch_size": 2, "frames": 3},
+    },
+    "evaluation": {"splits": ["test"], "clips": 4, "frames": 6},
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with ShardWriter(tmp_path / "data", ABOUT) as writer:
+        for i in range(40):
+            writer.add(make_clip(i, "train" if i < 32 else "test"))
+    return tmp_path / "data"
+
+
+def tiny(folder: Path, **changes: object):
+    values = json.loads(json.dumps(TINY)) | {"data": str(folder), "people": {}} | changes
+    values["base"].pop("seconds")
+    return make_recipe(values)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_say_what_each_phase_may_train(preset):
+    recipe = make_recipe({"preset": preset, "data": "d"})
+    for strategy in recipe.strategies:
+        configs = {p: recipe.config(p, strategy, "P") for p in ("subject", "pose", "video")}
+        assert [c.frames for c in configs.values()][:2] == [1, 1] and configs["video"].frames > 1
+        assert configs["subject"].conditions == ("reference",)
+        assert [c.candidates for c in configs.values()] == ["all", "all", "temporal"]
+        assert set(configs["video"].guided) == {"pose", "reference"}
+
+
+def test_the_paper_preset_has_the_published_constants():
+    recipe = make_recipe({"preset": "paper", "data": "d"})
+    phases = [recipe.config(p, "paper", "XL") for p in ("subject", "pose", "video")]
+    assert [(c.steps, c.batch_size, c.lr) for c in phases] == [
+        (50_000, 32, 1e-5),
+        (200_000, 8, 1e-5),
+        (200_000, 4, 1e-5),
+    ]
+    assert {(c.objective, c.sampler, c.num_inference_steps, c.guidance_scale) for c in phases} == {
+        ("epsilon", "ddpm", 100, 4.0)
+    } or phases[0].guided == ("reference",)
+
+
+def test_a_file_lies_over_its_preset_and_overrides_over_the_file(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({"preset": "cpu", "data": "d", "phases": {"pose": {"steps": 7}}}))
+    recipe = load_recipe(path, ["phases.video.lr=0.5", "seed=3"])
+    assert is_recipe(path) and recipe.seed == 3
+    pose, video = (recipe.config(p, "full", "P") for p in ("pose", "video"))
+    assert pose.steps == 7 and pose.seconds is None and video.lr == 0.5 and video.seed == 3
+    (tmp_path / "c.yaml").write_text("steps: 3\n")
+    assert not is_recipe(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"preset": "tpu", "data": "d"}, "choose one of"),
+        ({"preset": "cpu"}, "needs data"),
+        ({"preset": "cpu", "data": "d", "phase": {}}, "recipe keys"),
+        ({"preset": "cpu", "data": "d", "phases": {"audio": {}}}, "phases \\['audio'\\]"),
+        ({"preset": "cpu", "data": "d", "common": {"lerning_rate": 1}}, "lerning_rate"),
+    ],
+)
+def test_bad_recipes_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        make_recipe(values)
+
+
+def test_a_recipe_hands_on_from_phase_to_phase_and_writes_its_page(folder, tmp_path, monkeypatch):
+    import entprog.data.detect
+    import entprog.evaluate
+
+    class Guess:  # the networks are tested apart; here is no person to be found
+        def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(frames), 17, 3), 4.0)
+
+    plain = entprog.evaluate.evaluate
+    monkeypatch.setattr(entprog.data.detect, "PoseEstimator", Guess)
+    monkeypatch.setattr(entprog.evaluate, "evaluate", lambda v, d, **k: plain(v, d, **k, networks=()))
+    recipe, out = tiny(folder), tmp_path / "out"
+    results = run_recipe(recipe, out)
+    base = load_model(str(out / "base" / "checkpoints" / "final")).state_dict()
+
+    def weights(phase: str, strategy: str) -> dict[str, torch.Tensor]:
+        return load_model(str(out / phase / strategy / "checkpoints" / "final")).state_dict()
+
+    for strategy in ("full", "ent-prog"):
+        subject, pose, video = (weights(p, strategy) for p in ("subject", "pose", "video"))
+        for name, value in video.items():
+            temporal = name.startswith("blocks.") and int(name.split(".")[1]) % 2 == 1
+            if temporal:  # an image has no time: these wait for the video phase
+                assert torch.equal(pose[name], base[name])
+            else:  # and in the video phase nothing else moves
+                assert torch.equal(value, pose[name]), name
+        assert not torch.equal(subject["blocks.0.qkv.weight"], pose["blocks.0.qkv.weight"])
+        assert any(not torch.equal(video[n], pose[n]) for n in video)
+        scored = [s.name for s in (out / "video" / strategy).glob("scores/*.json")]
+        assert bool(scored) == (strategy == "ent-prog")
+    assert set(results["evaluation"]["test"]) == {"full", "ent-prog"}
+    page = write_report(out).read_text()
+    for text in ("Unseen people", "ent-prog", "copy reference", "subject", "pose", "video", "recipe.yaml"):
+        assert text in page
+    assert (out / "pose" / "report.html").exists() and "http://" not in page
+    before = json.loads((out / "results.json").read_text())
+    assert run_recipe(recipe, out)["evaluation"] == before["evaluation"]  # the same call resumes, here after the end
+    with pytest.raises(ValueError, match="another recipe"):
+        run_recipe(tiny(folder, seed=1), out)
