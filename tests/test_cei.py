@@ -20,6 +20,8 @@ from entprog.cei import (
     plain_predictions,
     suffix_predictions,
     top_stable,
+    with_inherited,
+    within,
 )
 from entprog.modes import mode_of, set_active
 
@@ -169,3 +171,64 @@ def test_save_and_load_round_trip(tmp_path):
 def test_a_model_that_predicts_nan_is_reported_by_block():
     with pytest.raises(ValueError, match=r"not finite for blocks \['b'\]"):
         make_scores("cei", ["a", "b"], torch.tensor([[1.0, float("nan")]]))
+
+
+def test_zero_initialised_blocks_take_the_place_of_their_host():
+    order = [f"b{i}" for i in range(6)]
+    values = {"b0": 0.1, "b1": 0.0, "b2": 0.5, "b3": 0.0, "b4": -0.2, "b5": 0.0}
+    intervals = {n: (v - 0.01, v + 0.01) for n, v in values.items()}
+    ranking = sorted(order, key=lambda n: -values[n])
+    scores = Scores("cei", values, intervals, ranking, zero=["b1", "b3", "b5"])
+    found = with_inherited(scores, order)
+    assert found.inherited == {"b1": "b0", "b3": "b2", "b5": "b4"}
+    assert found.ranking == ["b2", "b3", "b0", "b1", "b4", "b5"]  # each behind its host
+    assert found.intervals["b3"] == intervals["b2"] and scores.values["b3"] == 0
+    first = Scores("cei", values, intervals, ranking, zero=["b0"])
+    assert with_inherited(first, order).inherited == {"b0": "b1"}  # nobody before it was measured
+    nothing = Scores("cei", dict.fromkeys(order, 0.0), intervals, order, zero=order)
+    assert with_inherited(nothing, order) is nothing
+
+
+class Halves(torch.nn.Module):
+    """Two residual blocks, each of which scales one half of the picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Scale(half) for half in (0, 1))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Scale(torch.nn.Module):
+    def __init__(self, half):
+        super().__init__()
+        self.half, self.gain = half, torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(self.gain.weight)
+
+    def forward(self, x):
+        mask = torch.zeros(8, device=x.device)
+        mask[4 * self.half : 4 * self.half + 4] = 1
+        return x + self.gain(x[..., None])[..., 0] * mask
+
+
+def test_cei_within_a_region_sees_the_blocks_that_work_there():
+    model, batch = Halves(), {"x": torch.randn(6, 1, 1, 8, 8)}
+    blocks = find_blocks(model, {"x": batch["x"]})
+
+    def predict(m, b):
+        return m(b["x"])
+
+    def region(half):
+        share = torch.zeros(1, 1, 1, 1, 8)
+        share[..., 4 * half : 4 * half + 4] = 0.2  # never half of a place, as a small face
+        return lambda b: share.expand(len(b["x"]), 1, 1, 8, 8)
+
+    found = cei_per_condition(model, blocks, {h: within(predict, region(h)) for h in (0, 1)}, [batch])
+    for half in (0, 1):
+        own, other = (found[half].values[blocks[i].name] for i in (half, 1 - half))
+        assert own == pytest.approx(-math.log(2), abs=1e-5) and abs(other) < 1e-6
+    with pytest.raises(ValueError, match="does not show the region"):
+        within(predict, lambda b: torch.zeros(6, 1, 1, 8, 8))(model, batch)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from entprog.objective import OBJECTIVES
-from entprog.sample import sample
+from entprog.sample import _step, sample, windows
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -91,3 +91,63 @@ def test_euler_for_flow_matching_is_what_the_sampler_does():
         for t, s in zip(times[:-1], times[1:], strict=True):
             x = x + (s - t) * net(x)
     assert torch.allclose(drawn, x, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_ancestral_sampling_keeps_the_marginals(name):
+    objective, n = OBJECTIVES[name], 40_000
+    x0, noise = torch.full((n, 1, 1, 1, 1), 0.7).double(), torch.randn(n, 1, 1, 1, 1).double()
+    for t, s in ((0.9, 0.6), (0.5, 0.1)):
+        for eta in (0.0, 0.5, 1.0):
+            times = torch.full((n,), t).double(), torch.full((n,), s).double()
+            fresh = torch.randn(n, 1, 1, 1, 1).double()
+            got = _step(objective, x0, noise, *times, eta, fresh)
+            alpha, sigma = (float(v[0]) for v in objective.path(times[1]))
+            assert got.mean().item() == pytest.approx(alpha * 0.7, abs=0.02)
+            assert got.std().item() == pytest.approx(sigma, rel=0.02)
+
+
+def test_ancestral_steps_are_the_ddpm_posterior():
+    objective, one = OBJECTIVES["epsilon"], torch.ones(1).double()
+    t, s = 0.6 * one, 0.4 * one
+    x0, noise, fresh = (torch.randn(1, 1, 1, 1, 1).double() for _ in range(3))
+    alpha_t, sigma_t, alpha_s, sigma_s = (float(v) for time in (t, s) for v in objective.path(time))
+    x_t, step = alpha_t * x0 + sigma_t * noise, alpha_t / alpha_s  # Ho et al. 2020, equations 6 and 7
+    beta = 1 - step**2
+    mean = (alpha_s * beta * x0 + step * sigma_s**2 * x_t) / sigma_t**2
+    expected = mean + (sigma_s**2 / sigma_t**2 * beta) ** 0.5 * fresh
+    assert torch.allclose(_step(objective, x0, noise, t, s, 1.0, fresh), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(("frames", "window", "overlap"), [(16, 8, 4), (17, 8, 2), (40, 8, 0), (9, 8, 7), (5, 8, 4)])
+def test_windows_cover_every_frame_and_overlap(frames, window, overlap):
+    parts = windows(frames, window, overlap)
+    assert {f for start, end in parts for f in range(start, end)} == set(range(frames))
+    assert all(end - start == min(window, frames) for start, end in parts)
+    assert all(one[1] - two[0] >= overlap for one, two in zip(parts[:-1], parts[1:], strict=True))
+
+
+def test_long_clips_by_windows_recover_the_video_from_an_oracle():
+    """The oracle sees only its window of the noisy clip, and must get the frames of the poses that go with it."""
+    objective = OBJECTIVES["flow_prediction"]
+    x0 = torch.randn(1, 3, 13, 4, 4)
+
+    class Windowed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x_t, t, pose):
+            assert x_t.shape[2] == pose.shape[2] <= 6
+            noise = (x_t - (1 - t.view(-1, 1, 1, 1, 1)) * pose) / t.view(-1, 1, 1, 1, 1)
+            return objective.target(pose, noise, t)
+
+    drawn = sample(Windowed(), objective, {"pose": x0}, tuple(x0.shape), num_inference_steps=6, window=6, overlap=2)
+    assert (drawn - x0).abs().max() < 1e-4
+
+
+def test_bad_windows_and_samplers_are_refused():
+    with pytest.raises(ValueError, match="less than the window"):
+        windows(16, 8, 8)
+    with pytest.raises(ValueError, match="choose one of"):
+        sample(torch.nn.Linear(1, 1), OBJECTIVES["epsilon"], {}, (1, 1, 1, 1, 1), sampler="plms")

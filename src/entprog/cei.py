@@ -329,12 +329,36 @@ def cei(
     return by_skipping("cei", model, blocks, predict, batches, inflation(gaussian_entropy), t=t, stop=stop)
 
 
+def within(predict: Predict, share: Callable[[Any], Tensor]) -> Predict:
+    """Return a prediction that varies inside a region only, so that its CEI is the region's.
+
+    share(batch) says how much of each place shows the region, (B, 1, ...) broadcast to the prediction; inside are the
+    places that show at least half as much of it as any does (a face may fill no place of the latents). Outside, the
+    prediction is set to its mean inside: what is left of the variance is the region's times its size, and the size
+    cancels in CEI's ratio. ValueError for a batch without the region.
+    """
+
+    def inside_only(model: nn.Module, batch: Any) -> Tensor:
+        prediction = predict(model, batch).float()
+        shown = share(batch)
+        most = shown.flatten(1).amax(1)
+        if not (most > 0).all():
+            raise ValueError("a sample of the batch does not show the region anywhere: leave such samples out")
+        inside = (shown >= 0.5 * most.view(-1, *[1] * (shown.ndim - 1))).expand_as(prediction)
+        count = inside.flatten(1).sum(1)
+        mean = (prediction * inside).flatten(1).sum(1) / count
+        return torch.where(inside, prediction, mean.view(-1, *[1] * (prediction.ndim - 1)))
+
+    return inside_only
+
+
 def cei_per_condition(
     model: nn.Module, blocks: Sequence[Block], predicts: Mapping[str, Predict], batches: Iterable[Any]
 ) -> dict[str, Scores]:
-    """Score CEI once per way of predicting, e.g. {"all": ..., "without pose": ..., "without reference": ...}.
+    """Score CEI once per way of predicting, e.g. {"all": ..., "without pose": ..., "face": ...}.
 
-    A block that matters for a condition loses score when that condition is dropped.
+    A block that matters for a condition loses score when that condition is dropped; one that matters for a region
+    scores high where the prediction is kept `within` it.
     """
     batches = list(batches)
     return {name: cei(model, blocks, predict, batches) for name, predict in predicts.items()}

@@ -343,7 +343,7 @@ class Renderer:
 
 def _average(picture: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:
     """Return the rounded mean of each k x k block, (K, K, 3) -> (H, W, 3)."""
-    total = sum(picture[i::k, j::k].astype(np.int32) for i in range(k) for j in range(k))
+    total = np.stack([picture[i::k, j::k] for i in range(k) for j in range(k)]).sum(0, dtype=np.int32)
     return ((2 * total + k * k) // (2 * k * k)).astype(np.uint8)
 
 

@@ -7,6 +7,8 @@ Faces are in identity.py. Every function takes one clip.
 Letters: F frames, R regions, H, W pixels. Keypoints are COCO-17: x, y in pixels, visibility.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -158,6 +160,25 @@ def background_flicker(generated: Tensor, truth: Tensor, labels: Tensor) -> floa
     still = labels == LABELS["background"]
     mask = still[1:] & still[:-1]
     return _change(generated, mask) - _change(truth, mask)
+
+
+def seam(generated: Tensor, truth: Tensor, borders: Sequence[int]) -> float:
+    """How much more the video changes where windows meet than elsewhere, beyond the truth's: 0 is seamless.
+
+    Mean |x(f) - x(f-1)| over the first frames f in `borders` minus that over the others. Shapes: (F, 3, H, W) in
+    [0, 1] twice. ValueError for borders that are not frames 1 .. F - 1; NaN without a border or without other frames.
+    """
+    generated, truth = _pair(generated, truth)
+    if not set(borders) <= set(range(1, len(generated))):
+        raise ValueError(f"borders {list(borders)} must be frames 1 to {len(generated) - 1}")
+    meet = torch.zeros(len(generated) - 1, dtype=torch.bool)
+    meet[[b - 1 for b in borders]] = True
+
+    def jump(video: Tensor) -> Tensor:
+        steps = video.diff(dim=0).abs().flatten(1).mean(1)
+        return steps[meet].mean() - steps[~meet].mean()
+
+    return (jump(generated) - jump(truth)).item()
 
 
 def colour_drift(generated: Tensor, truth: Tensor, labels: Tensor, *, windows: int = 4) -> float:

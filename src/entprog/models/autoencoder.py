@@ -92,7 +92,7 @@ class Autoencoder(nn.Module):
             self.encoder, self.decoder = _taef2()
             self.encoder.load_state_dict(load_file(TAEF2 / "encoder.safetensors"))
             self.decoder.load_state_dict(load_file(TAEF2 / "decoder.safetensors"))
-            self.to(memory_format=torch.channels_last)  # a third faster on a CPU
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
             self.channels, mean, std = 32, [0.0], [0.9]  # of natural images and rendered people, all channels alike
         else:
             self.network = _diffusers_autoencoder(Path(name))
