@@ -10,6 +10,7 @@ import pytest
 from entprog.cli import _parser, main
 from entprog.config import RunConfig, load_config, make_config
 from entprog.modes import MODES
+from entprog.recipe import is_recipe, load_recipe
 from entprog.strategy import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
@@ -18,14 +19,11 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_file_tree_is_the_package():
     tree = README.split("```\nsrc/entprog/\n")[1].split("```")[0]
-    listed = set()
-    for line in tree.splitlines():
-        if line.startswith("  "):
-            listed |= set(re.findall(r"[\w/]+\.(?:py|html\.j2|safetensors|json)\b", line.split("  base")[0]))
+    listed = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
     package = ROOT / "src" / "entprog"
-    there = {
-        str(p.relative_to(package)) for p in package.rglob("*") if p.suffix in (".py", ".j2", ".safetensors", ".json")
-    }
+    folders = {name for name in listed if name.endswith("/")}
+    there = {str(p.relative_to(package)) for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    there = {next((f for f in folders if name.startswith(f)), name) for name in there}
     assert listed == there - {f"{d}/__init__.py" for d in ("data", "models", "metrics")}
 
 
@@ -59,7 +57,10 @@ def test_the_own_loop_runs(capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
 def test_example_configurations_are_valid(path):
-    assert load_config(path).strategy in STRATEGIES
+    if is_recipe(path):
+        assert set(load_recipe(path).strategies) <= set(STRATEGIES)
+    else:
+        assert load_config(path).strategy in STRATEGIES
 
 
 def test_configuration_round_trips_and_errors_name_the_choices(tmp_path):
