@@ -8,11 +8,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from entprog.cei import Scores
 
 
 class RunLog:
@@ -31,6 +34,15 @@ class RunLog:
             file.flush()
             os.fsync(file.fileno())
         self.count += 1
+
+    def keep_scores(self, event: dict[str, Any]) -> dict[str, Any]:
+        """Write a score event's scores to scores/*.json; returns the event with the file's path in their place."""
+        path = f"scores/{event['priority']}-{event['step']:06d}.json"
+        kept = {k: v for k, v in event.items() if k in {f.name for f in fields(Scores)}}
+        Scores(**kept).save(self.path.parent / path)
+        short = ("event", "step", "progress", "priority", "samples", "share_negative", "zero", "stopped_early",
+                 "inherited", "skip_order", "agreement")  # fmt: skip
+        return {k: event[k] for k in short if k in event} | {"path": path}
 
     def decide(self, key: str, compute: Callable[[], Any], step: int) -> Any:
         """Return the recorded decision, or compute and record it."""

@@ -47,8 +47,8 @@ class EntProg:
     is given, what scores are taken on. predict: raw prediction (B, ...), by default the first tensor of the forward
     that loss_fn makes. candidates: names of the blocks that may ever train, by default all. backward: backward(loss),
     with scaler and clipping. always: names of what was made for the task.
-    t(batch) -> (B,) times for per-tau scores. ledger: charged with scoring and search. decide(key, compute): returns
-    compute(), or what was recorded under the key before a resume.
+    t(batch) -> (B,) times for per-tau scores. ledger: charged with scoring and search. decide(key, compute): compute(),
+    or what was recorded before a resume.
 
     Build it before any wrapper (DDP, torch.compile). It never touches `param_groups`; outside blocks it never enables
     a parameter that was frozen when it was built.
@@ -321,16 +321,8 @@ class EntProg:
         self.switch(candidate)
         curve = self._bypass_set(candidate)[1]
         point = next((c for c in curve if c["size"] == sum(m == "bypass" for m in self.modes.values())), None)
-        self._emit(
-            "modes",
-            progress,
-            stage=self.stage,
-            reason=reason,
-            active=self.active,
-            modes=self.modes,
-            fidelity=point,
-            fidelity_curve=curve,
-        )
+        state = {"stage": self.stage, "reason": reason, "active": self.active, "modes": self.modes}
+        self._emit("modes", progress, **state, fidelity=point, fidelity_curve=curve)
 
     def _search(self, options: Sequence[Candidate]) -> Candidate:
         """Ask the supernet which candidate pays most; the linear schedule's when it cannot be afforded."""

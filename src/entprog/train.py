@@ -9,7 +9,6 @@ position in the stream of batches (data/batches.py).
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -20,7 +19,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from entprog.blocks import find_blocks, record_example
-from entprog.cei import Scores
 from entprog.checkpoint import RunLog, load_checkpoint, save_checkpoint
 from entprog.config import RunConfig, check_same
 from entprog.data.batches import Batch, Data, batch_at, fixed_batches, to_device
@@ -40,9 +38,8 @@ NEW_MODULES = {"pose": ("pose_guider",), "reference": ("reference_embedding",)}
 class Trainer:
     """Train one model on one data set by one strategy, into one run folder.
 
-    `data` and `held_out` are dicts of tensors (data/batches.py). `run` resumes from the folder's
-    last checkpoint. `on_progress` gets a dict with step,
-    progress, stage, active, loss, seconds and bytes after each step.
+    `data` and `held_out` are data sets (data/batches.py). `run` resumes from the folder's last checkpoint. `on_progress`
+    gets a dict with step, progress, stage, active, loss, seconds and bytes after each step.
     """
 
     def __init__(
@@ -184,13 +181,7 @@ class Trainer:
 
     def _write_event(self, record: dict[str, Any]) -> None:
         if record["event"] == "score":
-            path = f"scores/{record['priority']}-{record['step']:06d}.json"
-            (self.out / "scores").mkdir(exist_ok=True)
-            kept = {k: v for k, v in record.items() if k in {f.name for f in fields(Scores)}}
-            (self.out / path).write_text(json.dumps(kept, indent=1) + "\n")
-            short = ("event", "step", "progress", "priority", "samples", "share_negative", "zero", "stopped_early")
-            beside = {k: record[k] for k in ("skip_order", "agreement") if k in record}
-            record = {k: record[k] for k in short} | {"path": path} | beside
+            record = self.log.keep_scores(record)
         self.log.append(record | {"net_seconds": self.net_seconds()})
 
     def _decide(self, key: str, compute: Callable[[], Any]) -> Any:
