@@ -38,8 +38,8 @@ NEW_MODULES = {"pose": ("pose_guider",), "reference": ("reference_embedding",)}
 class Trainer:
     """Train one model on one data set by one strategy, into one run folder.
 
-    `data` and `held_out` are data sets (data/batches.py). `run` resumes from the folder's last checkpoint. `on_progress`
-    gets a dict with step, progress, stage, active, loss, seconds and bytes after each step.
+    `data` and `held_out` are data sets (data/batches.py). `run` resumes from the folder's last checkpoint.
+    `on_progress` gets a dict with step, progress, stage, active, loss, seconds and bytes after each step.
     """
 
     def __init__(
