@@ -122,6 +122,22 @@ def test_windows_follow_each_other_and_the_reference_is_another_frame_far_away(t
         assert record["box"][2:] == record["reference_box"][2:]
 
 
+def test_flips_add_the_mirrored_person_to_training_only(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        film(tmp_path / "in", name, walk(20))
+    result = prepare(tmp_path / "in", tmp_path / "out", flips=True, test_subjects=("b",))
+    assert result["clips"] == {"train": 4, "test": 2}
+    clips = {r["id"]: (r, c) for r, c in zip(*read(tmp_path / "out"), strict=True)}
+    for name in [n for n in clips if not n.endswith("-mirrored")]:
+        (record, clip), (other, flipped) = clips[name], clips[f"{name}-mirrored"]
+        assert record["subject_id"] == other["subject_id"] and other["mirrored"]
+        for key in ("video", "labels", "reference", "reference_labels"):
+            assert torch.equal(flipped[key], clip[key].flip(-1))
+        left, right = 5, 6  # the shoulders change sides and names
+        assert torch.allclose(flipped["keypoints"][:, left, 0], 64 - clip["keypoints"][:, right, 0])
+        assert torch.allclose(flipped["keypoints"][:, left, 1], clip["keypoints"][:, right, 1])
+
+
 def test_frames_are_sampled_by_their_times(tmp_path: Path) -> None:
     film(tmp_path, "a", walk(30, step=2), fps=30)
     for fps in (30, 15, 10, 7):

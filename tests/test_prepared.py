@@ -71,6 +71,24 @@ def test_bad_folders_clips_and_splits_are_refused(folder, tmp_path):
         Prepared(tmp_path, "train")
 
 
+def test_clips_of_different_shapes_never_share_a_batch(tmp_path):
+    with ShardWriter(tmp_path, ABOUT) as writer:
+        for i in range(12):
+            writer.add(make_clip(i, size=24 if i % 3 == 0 else 16, frames=4 if i % 3 == 1 else 6))
+    data = load_split(tmp_path, "train")
+    wide = torch.tensor([data["video"].subset([i]).shape[-1] for i in range(12)])
+    for epoch in range(3):
+        batches = [batch_at(data, 6 * epoch + p, batch_size=2, seed=1, frames=3) for p in range(6)]
+        assert sorted(b["video"].shape[-1] for b in batches) == [16] * 4 + [24] * 2
+        assert all(b["pose"].shape[-1] == b["video"].shape[-1] and b["video"].shape[2] == 3 for b in batches)
+        assert len({b["reference"][i].flatten()[:9].sum().item() for b in batches for i in range(2)}) == 12
+    fixed = fixed_batches(data, batch_size=8, frames=4)
+    assert sum(len(b["video"]) for b in fixed) == 12 and len({b["video"].shape[1:] for b in fixed}) == 2
+    assert (wide == 24).sum() == 4
+    with pytest.raises(ValueError, match="do not hold 5"):
+        fixed_batches(data, batch_size=8, frames=5)
+
+
 def test_a_limit_spreads_over_the_split(folder):
     assert [r["id"] for r in Prepared(folder, "train", 4).records] == ["clip-0", "clip-2", "clip-4", "clip-6"]
     assert len(Prepared(folder, "train", 100)) == 8

@@ -21,6 +21,9 @@ from entprog.blocks import Block, find_blocks, record_example
 from entprog.config import RunConfig, check_same
 from entprog.data.batches import Batch, Data, fixed_batches, load_data
 from entprog.data.cache import Stored
+from entprog.data.pose import draw_skeleton
+from entprog.data.prepared import Prepared
+from entprog.data.retarget import fit_pose
 from entprog.measure import count_flops, now, saved_bytes
 from entprog.metrics.frame import psnr, ssim
 from entprog.metrics.protocol import bootstrap_interval
@@ -92,6 +95,26 @@ def sample_clips(
     if config.autoencoder:
         drawn = Autoencoder(config.autoencoder).to(device).decode(drawn)
     return drawn.clamp(-1, 1).cpu()
+
+
+def driven(clips: Batch, data: Data, driver: str) -> Batch:
+    """Return clips with the poses of another clip, by its id, fitted to each reference's body.
+
+    ValueError for an id that the split lacks, and for data that are not a prepared folder.
+    """
+    column = data["pose"]
+    if not isinstance(column, Stored):
+        raise ValueError("poses of another clip need a prepared folder: run entprog prepare")
+    whole = Prepared(column.prepared.folder, column.prepared.split)
+    ids = [r["id"] for r in whole.records]
+    if driver not in ids:
+        raise ValueError(f"clip {driver!r} is not in split {whole.split!r}: choose one of {ids[:5]} ...")
+    frames, (height, width) = clips["pose"].shape[2], clips["pose"].shape[-2:]
+    driving = whole.rows([ids.index(driver)], ["keypoints"])["keypoints"][0, :frames]
+    rows = column.indices[: len(clips["pose"])]
+    bodies = column.prepared.rows(rows, ["reference_keypoints"])["reference_keypoints"]
+    maps = [draw_skeleton(fit_pose(driving, body), height, width).transpose(0, 1) for body in bodies]
+    return clips | {"pose": torch.stack(maps)}
 
 
 def shown(config: RunConfig, clips: Batch) -> Batch:

@@ -41,7 +41,11 @@ def progress_bar() -> Iterator[Any]:
             if name not in tasks:
                 tasks[name] = bar.add_task(name, total=1.0, note="")
             if "done" in info:
-                bar.update(tasks[name], completed=info["done"] / info["of"], note=f"{info['done']} of {info['of']}")
+                bar.update(
+                    tasks[name],
+                    completed=info["done"] / info["of"],
+                    note=f"{info['done']:.4g} of {info['of']}  {info.get('at', '')}",
+                )
                 return
             if "message" in info:
                 bar.update(tasks[name], note=info["message"])
@@ -139,8 +143,8 @@ def _prepare(args: argparse.Namespace) -> None:
             found = prepare_videos(
                 args.videos if len(args.videos) > 1 else args.videos[0], args.out, size=args.size,
                 frames=args.frames, fps=args.fps, aspects=args.aspects, subject=args.subject, seed=args.seed,
-                test_subjects=args.test_subjects, test_videos=args.test_videos, face_size=args.face_size,
-                on_progress=lambda done, total, name: show({"run": f"preparing {name}", "done": done, "of": total}),
+                test_subjects=args.test_subjects, test_videos=args.test_videos, face_size=args.face_size, flips=args.flips,
+                on_progress=lambda done, total, name: show({"run": "videos", "done": done, "of": total, "at": name}),
             )  # fmt: skip
             console.print(f"clips: {found['clips']}")
             for message in (*found["warnings"], *(f"{e['video']}: {e['error']}" for e in found["errors"])):
@@ -325,7 +329,7 @@ def _showing(batch: Any, regions: Any) -> Any:
 def _sample(args: argparse.Namespace) -> None:
     import torch
 
-    from entprog.bench import first_clips, frame_quality, sample_clips, shown
+    from entprog.bench import driven, first_clips, frame_quality, sample_clips, shown
     from entprog.data.batches import load_data
     from entprog.data.video import write_mp4
     from entprog.models.pretrained import load_model
@@ -337,6 +341,8 @@ def _sample(args: argparse.Namespace) -> None:
     model = load_model(str(run / "checkpoints" / "final"))
     data, _ = load_data(config, "test")
     clips, truth = first_clips(config, data, args.clips, args.frames)
+    if args.pose_from:
+        clips = driven(clips, data, args.pose_from)
     with console.status(f"sampling {len(truth)} clips, {config.num_inference_steps} steps each"):
         drawn = sample_clips(config, model, clips, overlap=args.overlap)
     clips = shown(config, clips)
@@ -371,6 +377,7 @@ def _add_prepare(commands: Any) -> None:
     prepare.add_argument("--subject", default="video", help="video, folder, a pattern or a .json/.csv file: who is who")
     prepare.add_argument("--test-subjects", nargs="*", default=[], help="people kept for testing")
     prepare.add_argument("--test-videos", nargs="*", default=[], help="views kept for testing where people are few")
+    prepare.add_argument("--flips", action="store_true", help="each training clip a second time, mirrored")
     prepare.add_argument("--face-size", type=int, default=0, help="pixels of face crops, 0 for none")
     prepare.add_argument("--autoencoder", help="make its latents now: taef2, or a folder of diffusers")
     prepare.set_defaults(function=_prepare)
@@ -406,6 +413,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data=DIR num_inference_steps=50")
     sample.add_argument("--clips", type=int, default=4)
     sample.add_argument("--frames", type=int, help="frames of each clip, more than were trained on if there are any")
+    sample.add_argument("--pose-from", metavar="ID", help="drive everybody with this clip's poses, fitted to the body")
     sample.add_argument("--overlap", type=int, help="frames that the windows of a long clip share (default: half)")
     sample.add_argument("--fps", type=float, default=8.0)
     sample.add_argument("--out", help="mp4 file (default: RUN/samples.mp4)")

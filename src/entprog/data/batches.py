@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from entprog.data.cache import Column, load_split, take
+from entprog.data.cache import Column, Stored, load_split, take
 from entprog.data.prepared import is_prepared
 from entprog.data.synthetic import figures
 
@@ -42,6 +42,36 @@ def _columns(data: Data, conditions: Sequence[str] | None) -> list[str]:
     return [k for k in ("video", *conditions, *beside, "labels") if k in data]
 
 
+def _buckets(data: Data) -> list[list[int]]:
+    """Rows whose clips have the same shape."""
+    video = data["video"]
+    return video.buckets() if isinstance(video, Stored) else [list(range(len(video)))]
+
+
+def _part(data: Data, rows: Sequence[int]) -> Data:
+    return {k: v.subset(rows) if isinstance(v, Stored) else v[list(rows)] for k, v in data.items()}
+
+
+def _rows_at(data: Data, position: int, batch_size: int, seed: int) -> list[int]:
+    """Return which clips a batch holds: every clip once an epoch, but for what is left over of a bucket."""
+    buckets = _buckets(data)
+    per_epoch = sum(len(bucket) // batch_size for bucket in buckets)
+    if per_epoch == 0:
+        sizes = [len(bucket) for bucket in buckets]
+        raise ValueError(f"buckets of {sizes} clips do not fill a batch of {batch_size}: lower batch_size or add clips")
+    epoch, index = divmod(position, per_epoch)
+    generator = _generator(seed, 1, epoch)
+    orders = [[bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()] for bucket in buckets]
+    batches = [
+        order[first : first + batch_size]
+        for order in orders
+        for first in range(0, len(order) - batch_size + 1, batch_size)
+    ]
+    if len(buckets) > 1:
+        index = int(torch.randperm(per_epoch, generator=generator)[index])
+    return batches[index]
+
+
 def _windows(clip_frames: int, frames: int | None, starts: Sequence[int]) -> list[slice] | None:
     if frames is None or frames == clip_frames:
         return None
@@ -69,17 +99,13 @@ def batch_at(
 ) -> Batch:
     """Return the batch at a position of an endless, shuffled stream; t is uniform in [0, 1].
 
-    Every clip comes once per epoch, with `frames` frames from a random place of it. With `condition_dropout` each
+    Every clip comes once per epoch, with `frames` frames from a random place of it; clips of different shapes never
+    share a batch, and what does not fill one sits the epoch out. With `condition_dropout` each
     condition is left out of a batch with that probability, with `joint_dropout` all of them at once. ValueError if the
     data hold fewer clips than a batch, or clips fewer frames.
     """
-    count = len(data["video"])
-    if count < batch_size:
-        raise ValueError(f"{count} clips do not fill a batch of {batch_size}: lower batch_size or add clips")
-    per_epoch = count // batch_size
-    epoch, index = divmod(position, per_epoch)
-    order = torch.randperm(count, generator=_generator(seed, 1, epoch))
-    rows = order[index * batch_size : (index + 1) * batch_size].tolist()
+    data = _part(data, _rows_at(data, position, batch_size, seed))
+    rows = range(batch_size)
     starts = torch.randint(_spare(data, frames) + 1, (batch_size,), generator=_generator(seed, 4, position)).tolist()
     windows = _windows(data["video"].shape[2], frames, starts)
     batch = {k: take(data[k], k, rows, windows) for k in _columns(data, conditions)}
@@ -107,7 +133,11 @@ def fixed_batches(
     """Return all clips in order with fixed noise and times spread evenly over (0, 1), for held-out losses.
 
     Clips with more than `frames` frames are cut at places spread evenly over them. `draws` takes every clip so often.
+    Clips of different shapes come bucket by bucket.
     """
+    if len(buckets := _buckets(data)) > 1:
+        own = {"batch_size": batch_size, "seed": seed, "frames": frames, "conditions": conditions, "draws": draws}
+        return [batch for bucket in buckets for batch in fixed_batches(_part(data, bucket), **own)]  # type: ignore[arg-type]
     clips, spare = len(data["video"]), _spare(data, frames)
     count = clips * draws
     generator = _generator(seed, 3)

@@ -28,7 +28,8 @@ _FRAME_AXIS = {"video": 1, "pose": 1, "labels": 0}  # of a clip, for what has on
 class Stored:
     """One tensor of a split, first axis clips, that lies in shards and is read when `take` asks for rows.
 
-    Stands for a tensor where only `len`, `shape`, slices of clips and `take` are needed.
+    Stands for a tensor where only `len`, `shape`, slices of clips and `take` are needed. Clips may have several
+    shapes; `buckets` says which go together.
     """
 
     def __init__(self, prepared: Prepared, name: str, cache: str, indices: Sequence[int] | None = None) -> None:
@@ -48,7 +49,19 @@ class Stored:
         return torch.Size([len(self), *self._slice(0)[0].get_shape()[1:]])
 
     def __getitem__(self, part: slice) -> "Stored":
-        return Stored(self.prepared, self.name, self.cache, self.indices[part])
+        return self.subset(range(len(self))[part])
+
+    def subset(self, rows: Sequence[int]) -> "Stored":
+        """Return the same tensor of some clips only."""
+        return Stored(self.prepared, self.name, self.cache, [self.indices[row] for row in rows])
+
+    def buckets(self) -> list[list[int]]:
+        """Group the rows by the shape of their clips, as the manifest knows it: only equals can share a batch."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for row, index in enumerate(self.indices):
+            record = self.prepared.records[index]
+            found.setdefault((record["frames"], record["height"], record["width"]), []).append(row)
+        return list(found.values())
 
     def take(self, rows: Sequence[int], windows: Sequence[slice] | None = None) -> Tensor:
         """Read rows, of each only the frames of its window; stacked."""

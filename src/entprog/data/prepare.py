@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entprog.data.detect import PoseEstimator, Tracker
+from entprog.data.detect import PoseEstimator, Tracker, mirrored_keypoints
 from entprog.data.follow import Track, follow, sampled, to_image, windows
 from entprog.data.framing import (
     Box,
@@ -229,6 +229,7 @@ def prepare_videos(
     min_presence: float = 0.9,
     face_size: int = 0,
     smooth: float = 0.04,
+    flips: bool = False,
     seed: int = 0,
     tracker: Tracker | None = None,
     on_progress: Callable[[int, int, str], None] | None = None,
@@ -247,6 +248,7 @@ def prepare_videos(
         min_presence: mean confidence in [0, 1] that there is a person, below which a window is left out.
         face_size: pixels of the square face crops, 0 for none. Wan-Animate takes 512.
         smooth: seconds over which the track is smoothed; see `smooth_track`.
+        flips: whether each training clip comes a second time, mirrored, left and right joints exchanged.
         tracker: what finds the person, PoseEstimator() by default.
         on_progress: called with (videos done, videos, name of the next).
 
@@ -274,10 +276,20 @@ def prepare_videos(
     about = {
         "kind": "videos", "size": size, "frames": lengths[0] if len(lengths) == 1 else lengths, "fps": float(fps),
         "aspects": list(aspects), "face_size": face_size, "min_person": min_person, "min_presence": min_presence,
-        "smooth": smooth, "seed": seed, "warnings": said,
+        "smooth": smooth, "flips": flips, "seed": seed, "warnings": said,
         "test": sorted({s.name if s.name in test_videos else s.subject for s in sources if s.split == "test"}),
     }  # fmt: skip
     return _write(sources, Path(out), about, settings, tracker, on_progress)
+
+
+def mirrored(clip: PreparedClip) -> PreparedClip:
+    """Return a clip flipped left to right, under its own id, as another clip of the same person."""
+    width = clip.video.shape[-1]
+    values = clip.tensors()
+    turned: dict[str, Any] = {
+        k: mirrored_keypoints(v, width) if "keypoints" in k else v.flip(-1) for k, v in values.items()
+    }
+    return replace(clip, id=f"{clip.id}-mirrored", about={**clip.about, "mirrored": True}, **turned)
 
 
 def _write(
@@ -299,10 +311,12 @@ def _write(
             tracker = tracker or PoseEstimator()
             ids = []
             try:
-                for clip in video_clips(source, tracker, settings):
-                    ids.append(clip.id)
-                    if clip.id not in writer.done:
-                        writer.add(clip)
+                for whole in video_clips(source, tracker, settings):
+                    flipped = [mirrored(whole)] if about["flips"] and whole.split == "train" else []
+                    for clip in (whole, *flipped):
+                        ids.append(clip.id)
+                        if clip.id not in writer.done:
+                            writer.add(clip)
             except (OSError, ValueError, av.FFmpegError) as error:
                 errors.append({"video": str(source.path), "error": f"{type(error).__name__}: {error}"})
                 continue
