@@ -143,8 +143,8 @@ def _prepare(args: argparse.Namespace) -> None:
             found = prepare_videos(
                 args.videos if len(args.videos) > 1 else args.videos[0], args.out, size=args.size,
                 frames=args.frames, fps=args.fps, aspects=args.aspects, subject=args.subject, seed=args.seed,
-                test_subjects=args.test_subjects, test_videos=args.test_videos, face_size=args.face_size, flips=args.flips,
-                on_progress=lambda done, total, name: show({"run": "videos", "done": done, "of": total, "at": name}),
+                test_subjects=args.test_subjects, test_videos=args.test_videos, face_size=args.face_size,
+                flips=args.flips, on_progress=lambda done, total, name: show({"run": "videos", "done": done, "of": total, "at": name}),
             )  # fmt: skip
             console.print(f"clips: {found['clips']}")
             for message in (*found["warnings"], *(f"{e['video']}: {e['error']}" for e in found["errors"])):
