@@ -85,7 +85,7 @@ def trained(config: RunConfig, folder: Path, active: list[str], steps: int, out:
 
 def measured(config: RunConfig, folder: Path, clips: int) -> dict[str, float]:
     """Pose and appearance of unseen people drawn by a model, as images of each clip's first frame."""
-    videos, data = draw_videos(replace(config, frames=1), str(folder), "test", clips, 4)
+    videos, data = draw_videos(replace(config, frames=1), str(folder), "test", clips, frames=4)
     data = _cut(data, 4)
     means = evaluate(videos, data, estimate=PoseEstimator(), networks=(), baselines=False)["rows"]["generated"]["means"]
     return {k: means[k]["mean"] for k in ("pck@0.1", "oks", "nearer_to_own", "appearance_distance", "psnr")}

@@ -175,3 +175,22 @@ def test_a_run_loads_the_split_it_asks_for(folder):
 
 def test_labels_are_bytes():
     assert set(LABELS.values()) == set(range(8))
+
+
+def test_a_torn_manifest_line_is_written_again(folder):
+    manifest = folder / "manifest.jsonl"
+    text = manifest.read_text()
+    manifest.write_text(text[:-20])  # killed while writing the last line
+    assert len(Prepared(folder, "train")) + len(Prepared(folder, "test")) == 9
+    about = json.loads((folder / "dataset.json").read_text())
+    with ShardWriter(folder, ABOUT) as writer:
+        (torn,) = (i for i in range(10) if f"clip-{i}" not in writer.done)
+        writer.add(make_clip(torn, "train" if torn < 8 else "test"))
+    assert json.loads((folder / "dataset.json").read_text()) == about
+
+
+def test_another_tools_manifest_is_not_touched(tmp_path):
+    (tmp_path / "manifest.jsonl").write_text('{"id": "walk", "video": "walk.mp4"}\n')
+    with pytest.raises(ValueError, match="manifest of something else"):
+        ShardWriter(tmp_path, ABOUT)
+    assert not (tmp_path / "dataset.json").exists()

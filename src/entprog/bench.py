@@ -55,14 +55,23 @@ def first_clips(config: RunConfig, data: Data, count: int, frames: int | None = 
 
     `frames` from the beginning of each clip, by default as many as are trained on.
     """
-    frames, count = frames or config.frames, min(count, len(data["video"]))
+    frames, column = frames or config.frames, data["video"]
+    if isinstance(column, Stored):  # of several shapes, those of the first clip's
+        first = column.buckets()[0][:count]
+        data = {k: v.subset(first) for k, v in data.items() if isinstance(v, Stored)}
+        column, count = data["video"], len(first)
+    count = min(count, len(column))
     whole = fixed_batches({k: v[:count] for k, v in data.items()}, batch_size=count, conditions=config.conditions)[0]
     batch = {k: v[:, :, :frames] if k in ("video", "pose", "noise") else v for k, v in whole.items()}
-    column = data["video"]
     if not isinstance(column, Stored):
         return batch, batch["video"]
-    pixels = column.prepared.rows(column.indices[:count], ["video"])["video"]
+    pixels = column.prepared.rows(column.indices, ["video"])["video"]
     return batch, pixels[:, :frames].transpose(1, 2) / 127.5 - 1
+
+
+def best_device() -> torch.device:
+    """Return the first GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def sample_clips(
@@ -100,17 +109,20 @@ def sample_clips(
 def driven(clips: Batch, data: Data, driver: str) -> Batch:
     """Return clips with the poses of another clip, by its id, fitted to each reference's body.
 
-    ValueError for an id that the split lacks, and for data that are not a prepared folder.
+    ValueError for an id that the split lacks, a clip that is too short, a model without poses, and data that are not a
+    prepared folder.
     """
     column = data["pose"]
-    if not isinstance(column, Stored):
-        raise ValueError("poses of another clip need a prepared folder: run entprog prepare")
+    if not isinstance(column, Stored) or "pose" not in clips:
+        raise ValueError("poses of another clip need a prepared folder (entprog prepare) and a model that takes poses")
     whole = Prepared(column.prepared.folder, column.prepared.split)
     ids = [r["id"] for r in whole.records]
     if driver not in ids:
         raise ValueError(f"clip {driver!r} is not in split {whole.split!r}: choose one of {ids[:5]} ...")
     frames, (height, width) = clips["pose"].shape[2], clips["pose"].shape[-2:]
     driving = whole.rows([ids.index(driver)], ["keypoints"])["keypoints"][0, :frames]
+    if len(driving) < frames:
+        raise ValueError(f"clip {driver!r} has {len(driving)} frames, {frames} are to be drawn: choose a longer one")
     rows = column.indices[: len(clips["pose"])]
     bodies = column.prepared.rows(rows, ["reference_keypoints"])["reference_keypoints"]
     maps = [draw_skeleton(fit_pose(driving, body), height, width).transpose(0, 1) for body in bodies]

@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad input.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from entprog.config import load_config, make_config
+from entprog.tables import evaluation_table, results_table
 
 console = Console()
 
@@ -61,45 +62,6 @@ def progress_bar() -> Iterator[Any]:
             bar.update(task, completed=1.0)
 
 
-def _results_table(runs: dict[str, dict[str, Any]]) -> Table:
-    """One column per strategy, so that the table fits a narrow terminal."""
-
-    def quality(run: dict[str, Any], name: str, form: str) -> str:
-        return format(run["metrics"][name]["mean"], form) if name in run["metrics"] else "-"
-
-    def held_out(run: dict[str, Any]) -> str:
-        low, high = run["held_out"]["interval"]
-        return f"{run['held_out']['loss']:.4f} ± {(high - low) / 2:.4f}"
-
-    def against_full(run: dict[str, Any]) -> str:
-        low, high = run["against_full"]["interval"]
-        return f"{run['against_full']['difference']:+.4f} ({low:+.4f} .. {high:+.4f})"
-
-    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("net seconds", lambda r: f"{r['net_seconds']:.1f}"),
-        ("steps", lambda r: str(r["steps"])),
-        ("held-out loss", held_out),
-        ("SSIM", lambda r: quality(r, "ssim", ".3f")),
-        ("PSNR, dB", lambda r: quality(r, "psnr", ".2f")),
-        ("peak memory, MiB", lambda r: f"{r['peak_bytes'] / 2**20:.0f}"),
-        ("mean memory, MiB", lambda r: f"{r['mean_bytes'] / 2**20:.0f}"),
-        ("scoring, search", lambda r: f"{r['scoring_share']:.1%}, {r['search_share']:.1%}"),
-    ]
-    if len(runs) > 1:
-        rows += [
-            ("loss - full's, paired", against_full),
-            ("full's loss reached", lambda r: f"{t:.0f} s" if (t := r["time_to_full_loss"]) else "never"),
-            ("sooner, net", lambda r: f"{x:.2f}x" if (x := r["net_speedup"]) else "-"),
-        ]
-    table = Table(title="held-out clips" + (", equal net time" if len(runs) > 1 else ""))
-    table.add_column("")
-    for name in runs:
-        table.add_column(name, justify="right")
-    for label, cell in rows:
-        table.add_row(label, *(cell(run) for run in runs.values()))
-    return table
-
-
 def _demo(args: argparse.Namespace) -> None:
     from entprog.bench import compare, pose_dit_step_cost, wan_step_cost, write_step_cost
     from entprog.config import demo
@@ -113,7 +75,7 @@ def _demo(args: argparse.Namespace) -> None:
         if not (out / "step_cost.json").exists():
             ranking = _last_ranking(out / "ent-prog")
             write_step_cost(out, [pose_dit_step_cost(configs["full"], ranking, 3), wan_step_cost(256, rounds=3)])
-    console.print(_results_table(results["strategies"]))
+    console.print(results_table(results["strategies"]))
     console.print(f"report: {write_report(out)}")
 
 
@@ -140,12 +102,14 @@ def _prepare(args: argparse.Namespace) -> None:
         else:
             from entprog.data.prepare import prepare_videos
 
+            names = ("size", "frames", "fps", "aspects", "subject", "seed", "test_subjects", "test_videos", "face_size",
+                     "flips")  # fmt: skip
             found = prepare_videos(
-                args.videos if len(args.videos) > 1 else args.videos[0], args.out, size=args.size,
-                frames=args.frames, fps=args.fps, aspects=args.aspects, subject=args.subject, seed=args.seed,
-                test_subjects=args.test_subjects, test_videos=args.test_videos, face_size=args.face_size,
-                flips=args.flips, on_progress=lambda done, total, name: show({"run": "videos", "done": done, "of": total, "at": name}),
-            )  # fmt: skip
+                args.videos if len(args.videos) > 1 else args.videos[0],
+                args.out,
+                **{name: getattr(args, name) for name in names},
+                on_progress=lambda done, total, name: show({"run": "videos", "done": done, "of": total, "at": name}),
+            )
             console.print(f"clips: {found['clips']}")
             for message in (*found["warnings"], *(f"{e['video']}: {e['error']}" for e in found["errors"])):
                 console.print(f"[yellow]{message}")
@@ -171,6 +135,7 @@ def _cache_latents(args: argparse.Namespace, show: Any) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     import json
 
+    from entprog.bench import best_device
     from entprog.data.detect import PoseEstimator
     from entprog.data.prepared import Prepared
     from entprog.evaluate import compare, evaluate, load_videos
@@ -182,40 +147,26 @@ def _evaluate(args: argparse.Namespace) -> None:
         config = load_config(source / "config.yaml", args.overrides)
         config = replace(config, data=args.reference or config.data)
         with console.status(f"drawing {args.clips} clips"):
-            videos, data = draw_videos(
-                config, str(source / "checkpoints" / "final"), args.split, args.clips, args.frames
-            )
+            videos, data = draw_videos(config, str(source / "checkpoints" / "final"), args.split, args.clips)
     else:
         if not args.reference:
             raise ValueError("evaluating videos needs --reference DATA, the prepared folder they were made for")
         videos, data = load_videos(source), Prepared(args.reference, args.split)
+        whole = len(data.records)
         data.records = [r for r in data.records if r["id"] in videos]
+        if len(data.records) < whole:
+            console.print(f"[yellow]{len(data.records)} of the {whole} clips of split {args.split} have a video")
     with progress_bar() as show:
         result = evaluate(
-            videos, data, estimate=PoseEstimator(), networks=tuple(args.networks),
+            videos, data, estimate=PoseEstimator(), networks=tuple(args.networks), device=str(best_device()),
             on_progress=lambda done, total: show({"run": "evaluating", "done": done, "of": total}),
         )  # fmt: skip
     out = Path(args.out or source / f"evaluation-{args.split}.json")
     out.write_text(json.dumps(result, indent=1) + "\n")
-    console.print(_evaluation_table(result))
+    console.print(evaluation_table(result))
     if args.against:
         console.print_json(json.dumps(compare(result, json.loads(Path(args.against).read_text()))))
     console.print(f"evaluation: {out}")
-
-
-def _evaluation_table(result: dict[str, Any]) -> Table:
-    """One line a metric, one column for the videos, the truth and each baseline."""
-    table = Table(title=f"{result['protocol']['clips']} clips of split {result['protocol']['split']}")
-    rows = result["rows"]
-    for column in ("", *rows):
-        table.add_column(column, justify="right")
-    names = list(dict.fromkeys(name for row in rows.values() for name in row["means"]))
-    for name in names:
-        cells = [row["means"].get(name) for row in rows.values()]
-        table.add_row(name, *(f"{c['mean']:.4g}" if c else "-" for c in cells))
-    distances = [(row.get("fvd") or {}).get("value") for row in rows.values()]
-    table.add_row("fvd", *(f"{value:.4g}" if value is not None else "-" for value in distances))
-    return table
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -234,7 +185,7 @@ def _train(args: argparse.Namespace) -> None:
     out = Path(args.out)
     with progress_bar() as show:
         results = train_run(config, out, lambda info: show(info | {"run": config.strategy}))
-    console.print(_results_table({config.strategy: results}))
+    console.print(results_table({config.strategy: results}))
     if (out / "data_errors.json").exists():
         console.print(f"[yellow]some clips could not be read: see {out / 'data_errors.json'}")
     console.print(f"model: {out / 'checkpoints' / 'final'}\nreport: {write_report(out)}")
@@ -252,7 +203,7 @@ def _train_recipe(args: argparse.Namespace) -> None:
         results = run_recipe(recipe, out, show)
     for split, found in results["evaluation"].items():
         for strategy, result in found.items():
-            console.print(f"{strategy}, {split}", _evaluation_table(result))
+            console.print(f"{strategy}, {split}", evaluation_table(result))
     console.print(f"report: {write_report(out)}")
 
 
@@ -271,9 +222,10 @@ def _score(args: argparse.Namespace) -> None:
         )
     model = model_of(config)
     data, _ = load_data(replace(config, clips=args.samples), "train")
+    data = {k: v[: args.samples] for k, v in data.items()}
     batches = fixed_batches(data, batch_size=config.batch_size, frames=config.frames, conditions=config.conditions)
     objective = OBJECTIVES[config.objective]
-    predict, loss = predict_fn(objective), loss_fn(objective)
+    predict, loss = predict_fn(objective), loss_fn(objective, config.person_weight, config.face_weight)
     blocks = find_blocks(model, record_example(model, lambda: predict(model, batches[0])))
     if args.conditions:
         _print_conditions(model, blocks, predict, batches)
@@ -328,8 +280,9 @@ def _showing(batch: Any, regions: Any) -> Any:
 
 def _sample(args: argparse.Namespace) -> None:
     import torch
+    from torch import nn
 
-    from entprog.bench import driven, first_clips, frame_quality, sample_clips, shown
+    from entprog.bench import best_device, driven, first_clips, frame_quality, sample_clips, shown
     from entprog.data.batches import load_data
     from entprog.data.video import write_mp4
     from entprog.models.pretrained import load_model
@@ -338,7 +291,7 @@ def _sample(args: argparse.Namespace) -> None:
     if not (run / "checkpoints" / "final").exists():
         raise ValueError(f"{run} holds no finished model (checkpoints/final): run entprog train with --out {run} first")
     config = load_config(run / "config.yaml", args.overrides)
-    model = load_model(str(run / "checkpoints" / "final"))
+    model = nn.Module.to(load_model(str(run / "checkpoints" / "final")), best_device())
     data, _ = load_data(config, "test")
     clips, truth = first_clips(config, data, args.clips, args.frames)
     if args.pose_from:
@@ -352,6 +305,9 @@ def _sample(args: argparse.Namespace) -> None:
     wall = torch.cat(list(columns), dim=-2)  # clips below each other
     out = Path(args.out or run / "samples.mp4")
     write_mp4(out, wall, args.fps, upscale=max(1, 128 // truth.shape[-1]))
+    if args.pose_from:
+        console.print(f"{out}: reference, pose of {args.pose_from}, the clip itself, sample")
+        return
     quality = frame_quality(drawn, truth)
     console.print(f"{out}: reference, pose, truth, sample; SSIM {quality['ssim']['mean']:.3f}, "
                   f"PSNR {quality['psnr']['mean']:.2f} dB")  # fmt: skip
@@ -422,9 +378,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("source", help="run folder, or a folder of ID.mp4")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. guidance_scale=4 sampler=ddpm")
     evaluate.add_argument("--reference", help="prepared folder (default: the run's)")
-    evaluate.add_argument("--split", default="test", help="test or hard (default: %(default)s)")
+    evaluate.add_argument("--split", default="test", choices=("test", "hard"), help="default: %(default)s")
     evaluate.add_argument("--clips", type=int, default=32, help="drawn for a run (default: %(default)s)")
-    evaluate.add_argument("--frames", type=int, help="frames of each (default: as trained)")
     evaluate.add_argument("--networks", nargs="*", default=["alex", "vgg", "i3d", "face"], help="of these, all")
     evaluate.add_argument("--against", help="another evaluation's JSON: paired differences")
     evaluate.add_argument("--out", help="JSON file (default: evaluation-SPLIT.json in the folder)")

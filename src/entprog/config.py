@@ -63,7 +63,7 @@ class RunConfig:
     condition_dropout: float = 0.1  # of each condition, by batch
     joint_dropout: float = 0.0  # of all conditions at once
     person_weight: float = 1.0  # of the loss where a person is, the background having 1; needs prepared data
-    face_weight: float = 1.0  # where a face is
+    face_weight: float = 1.0  # where a face is, times as much again as the rest of the person
     ema_decay: float = 0.0  # 0: no average is kept
     mixed_precision: Literal["no", "bf16"] = "no"
     seed: int = 0
@@ -82,6 +82,11 @@ class RunConfig:
             raise ValueError(f"strategy {self.strategy!r} is unknown: choose one of {sorted(STRATEGIES)}")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler {self.sampler!r} is unknown: choose one of {sorted(SAMPLERS)}")
+        if self.guidance_scale != 1 and (not self.guided or not set(self.guided) <= set(self.conditions)):
+            raise ValueError(
+                f"guided {self.guided} must name at least one of this run's conditions {self.conditions}, or set "
+                "guidance_scale to 1"
+            )
         if (self.seconds is None) == (self.steps is None):
             raise ValueError(
                 f"give the budget either as seconds ({self.seconds}) or as steps ({self.steps}): exactly one"

@@ -149,10 +149,10 @@ def load_videos(folder: str | Path) -> dict[str, Tensor]:
 
     ValueError for a folder without any and for a file that cannot be decoded.
     """
-    paths = sorted(Path(folder).glob("*.mp4"))
+    paths = sorted(Path(folder).rglob("*.mp4"))
     if not paths:
         raise ValueError(f"{folder} holds no .mp4 file: write one a clip, named by the clip's id")
-    return {path.stem: decode(path) for path in paths}
+    return {path.relative_to(folder).with_suffix("").as_posix(): decode(path) for path in paths}
 
 
 def _check_videos(videos: Mapping[str, Tensor], data: Prepared) -> None:

@@ -46,9 +46,8 @@ class EntProg:
     train_batches: callable that yields what searches train on (begun again when it runs out) and, unless score_batches
     is given, what scores are taken on. predict: raw prediction (B, ...), by default the first tensor of the forward
     that loss_fn makes. candidates: names of the blocks that may ever train, by default all. backward: backward(loss),
-    with scaler and clipping. always: names of what was made for the task.
-    t(batch) -> (B,) times for per-tau scores. ledger: charged with scoring and search. decide(key, compute): compute(),
-    or what was recorded before a resume.
+    with scaler and clipping. always: names of what was made for the task. t(batch) -> (B,) times for per-tau scores.
+    ledger: charged with scoring and search. decide(key, compute): compute(), or what was recorded before a resume.
 
     Build it before any wrapper (DDP, torch.compile). It never touches `param_groups`; outside blocks it never enables
     a parameter that was frozen when it was built.
@@ -198,6 +197,7 @@ class EntProg:
         if self.scores is None or self.settings.rescore == "stage":
             with self.ledger("scoring"):
                 self._rank(progress)
+            self._bypass_sets = {}  # of an unranked model
         previous = self.candidate
         if stage == 0 or self.candidate is None:
             self.switch(Candidate(len(self.candidates)))  # modes are defined from here on
@@ -229,10 +229,11 @@ class EntProg:
 
         if settings.priority == "gain":  # holds every batch's gradients until all are there
             self._held_bytes = batches * tensor_bytes(p for b in self.blocks for p in b.parameters())
-        self.scores = with_inherited(scored(settings.priority, batches), [b.name for b in self.blocks])
+        names = [b.name for b in self.blocks]  # a zero-initialised block takes its host's place
+        self.scores = with_inherited(scored(settings.priority, batches), names)
         self._held_bytes = 0
         for other in settings.also_score:
-            beside = scored(other, max(2, batches // 2))  # for the record, at half the price
+            beside = with_inherited(scored(other, max(2, batches // 2)), names)  # for the record, at half the price
             self._emit("score", progress, **asdict(beside), agreement=agreement(beside, self.scores))
         self.skip_order = self._order_for_skipping(min(int(settings.skip * count), count - 1))
         self._emit("score", progress, **asdict(self.scores), skip_order=self.skip_order)
@@ -361,7 +362,8 @@ class EntProg:
     def estimate(self, candidate: Candidate) -> float:
         """Seconds of one training step of a candidate (Trial), by FLOPs from the one timed full step."""
         cost = self._step_cost()
-        return self._full_step_seconds() * cost.step(self._modes_of(candidate)) / cost.step({})
+        whole = self._modes_of(Candidate(len(self.candidates)), ())
+        return self._full_step_seconds() * cost.step(self._modes_of(candidate)) / cost.step(whole)
 
     def cost(self, candidate: Candidate) -> float:
         """Seconds of one training step of a candidate (Trial): FLOPs by the model clock, else timed and recorded."""

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from entprog.bench import compare, environment, first_clips, model_of, sample_clips, train_run
+from entprog.bench import best_device, compare, environment, first_clips, model_of, sample_clips, train_run
 from entprog.config import RunConfig, make_config
 from entprog.data.batches import load_data
+from entprog.data.cache import Stored
 from entprog.data.pose import draw_skeleton
-from entprog.data.prepared import Prepared, is_prepared
+from entprog.data.prepared import SPLITS, Prepared, is_prepared
 from entprog.data.video import write_png, write_webp
 
 OnProgress = Callable[[dict[str, Any]], None]
@@ -33,7 +34,7 @@ PHASES = ("subject", "pose", "video")
 
 # What each phase is, whatever its size: what it is given, how many frames, and which blocks may train.
 _TASKS: dict[str, dict[str, Any]] = {
-    "base": {"conditions": (), "frames": 1, "condition_dropout": 0.0},
+    "base": {"conditions": ("reference",), "frames": 1, "condition_dropout": 0.2, "joint_dropout": 0.0},
     "subject": {"conditions": ("reference",), "frames": 1},
     "pose": {"conditions": ("pose", "reference"), "frames": 1},
     "video": {"conditions": ("pose", "reference"), "candidates": "temporal"},
@@ -61,7 +62,9 @@ class Recipe:
     def config(self, phase: str, strategy: str, model: str) -> RunConfig:
         """Return one run's configuration. ValueError for values that RunConfig refuses."""
         own = self.base if phase == "base" else self.phases[phase]
-        values = {"data": self.data, "seed": self.seed} | dict(self.common) | _TASKS[phase] | dict(own)
+        values = (
+            {"data": str(Path(self.data).resolve()), "seed": self.seed} | dict(self.common) | _TASKS[phase] | dict(own)
+        )
         return make_config(values | {"strategy": strategy, "model": model})
 
 
@@ -73,13 +76,13 @@ def cpu() -> dict[str, Any]:
             "size": 64, "autoencoder": "taef2", "mixed_precision": "bf16", "clock": "wall", "lr_warmup": 0.05,
             "held_out_clips": 32, "evaluations": 6, "samples": 8, "num_inference_steps": 20, "ema_decay": 0.99,
             "condition_dropout": 0.0, "joint_dropout": 0.1, "guidance_scale": 2.0, "guided": ("pose", "reference"),
-            "checkpoint_every": 500,
+            "checkpoint_every": 500, "person_weight": 4.0,
         },
-        "base": {"model": "P", "seconds": 1500, "batch_size": 32, "lr": 1e-3, "guidance_scale": 1.0, "guided": ()},
+        "base": {"model": "P", "seconds": 1500, "batch_size": 32, "lr": 1.5e-3, "guided": ("reference",)},
         "phases": {
-            "subject": {"seconds": 150, "batch_size": 16, "lr": 5e-4, "guided": ("reference",)},
-            "pose": {"seconds": 480, "batch_size": 16, "lr": 5e-4},
-            "video": {"seconds": 300, "batch_size": 4, "lr": 1e-3, "frames": 8},
+            "subject": {"seconds": 120, "batch_size": 16, "lr": 1e-3, "guided": ("reference",)},
+            "pose": {"seconds": 720, "batch_size": 16, "lr": 1e-3},
+            "video": {"seconds": 400, "batch_size": 4, "lr": 1e-3, "frames": 8},
         },
         # faces of 64 px clips are a few pixels wide: nothing to recognise
         "evaluation": {"splits": ("test", "hard"), "clips": 32, "networks": ("alex", "vgg", "i3d")},
@@ -91,9 +94,7 @@ def gpu() -> dict[str, Any]:
     preset = cpu()
     preset["people"] = {"people": {"train": 2000, "test": 128, "hard": 128}, "size": 256, "frames": 16}
     preset["common"] |= {"size": 256, "patch_size": 2, "ema_decay": 0.999, "held_out_clips": 64}
-    preset["base"] = {"model": "S", "steps": 20_000, "batch_size": 64, "lr": 3e-4} | {
-        k: preset["base"][k] for k in ("guidance_scale", "guided")
-    }
+    preset["base"] = {"model": "S", "steps": 20_000, "batch_size": 64, "lr": 3e-4, "guided": ("reference",)}
     for name, values in (
         ("subject", {"seconds": 600, "batch_size": 32, "lr": 1e-4}),
         ("pose", {"seconds": 1800, "batch_size": 32, "lr": 1e-4}),
@@ -164,12 +165,31 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         raise ValueError(f"phases {wrong} are unknown: choose from {PHASES}")
     if "data" not in merged:
         raise ValueError("a recipe needs data: a prepared folder, or where to render one")
+    if not all(isinstance(v, Mapping) for v in (*merged["phases"].values(), merged["people"], merged["evaluation"])):
+        raise ValueError(f"phases, people and evaluation hold mappings: {merged['phases']}, {merged['evaluation']}")
+    if set(merged["evaluation"]) != {"splits", "clips", "networks"}:
+        raise ValueError(f"evaluation takes splits, clips and networks, not {sorted(merged['evaluation'])}")
     merged["strategies"] = tuple(merged.get("strategies", ("full", "ent-prog")))
     recipe = Recipe(**merged)
+    _check(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse before the first step what would fail after the last. ValueError with the choices."""
+    from entprog.evaluate import NETWORKS
+
+    base = {k: v for k, v in recipe.base.items() if k != "model"}
+    if base:
+        recipe.config("base", "full", str(recipe.base.get("model")))
+    elif not (Path(str(recipe.base.get("model"))) / "config.json").exists():
+        raise ValueError(f"base {dict(recipe.base)} is neither a model's folder nor a model with a budget to train it")
     for phase in recipe.phases:
         for strategy in recipe.strategies:
             recipe.config(phase, strategy, "P")
-    return recipe
+    for what, choices in (("networks", NETWORKS), ("splits", SPLITS)):
+        if unknown := sorted(set(recipe.evaluation[what]) - set(choices)):
+            raise ValueError(f"evaluation.{what} {unknown} are unknown: choose from {choices}")
 
 
 def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +206,13 @@ def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 def prepare_data(recipe: Recipe, on_progress: OnProgress) -> None:
     """Render the recipe's people if its data folder is not there yet, or was interrupted."""
     folder = Path(recipe.data)
-    if is_prepared(folder) and "split_hash" in json.loads((folder / "dataset.json").read_text()):
+    about = json.loads((folder / "dataset.json").read_text()) if is_prepared(folder) else {}
+    if "split_hash" in about:
+        wanted = {k: v for k, v in recipe.people.items() if k in ("size", "frames", "fps")}
+        if about["kind"] == "rendered" and (other := {k: about[k] for k in wanted if about[k] != wanted[k]}):
+            raise ValueError(
+                f"{folder} was rendered with {other}, the recipe says {wanted}: choose another data folder"
+            )
         return
     if not recipe.people:
         raise ValueError(f"{recipe.data} is not prepared and the recipe has no people to render: run entprog prepare")
@@ -202,10 +228,10 @@ def prepare_data(recipe: Recipe, on_progress: OnProgress) -> None:
 
 
 def train_base(recipe: Recipe, out: Path, on_progress: OnProgress) -> str:
-    """Pretrain the model all strategies start from, on single images without conditions; returns its folder."""
+    """Pretrain the model all strategies start from, an image model that knows a reference; returns its folder."""
     model = str(recipe.base["model"])
     if (Path(model) / "config.json").exists():
-        return model
+        return str(Path(model).resolve())
     train_run(recipe.config("base", "full", model), out / "base", lambda info: on_progress(info | {"run": "base"}))
     return str(out / "base" / "checkpoints" / "final")
 
@@ -226,19 +252,37 @@ def train_phases(recipe: Recipe, out: Path, base: str, on_progress: OnProgress) 
 
 
 def draw_videos(
-    config: RunConfig, model: str, split: str, clips: int, frames: int | None = None, seed: int = 0
+    config: RunConfig, model: str, split: str, clips: int, frames: int | None = None, at_once: int = 16
 ) -> tuple[dict[str, Tensor], Prepared]:
     """Draw clips of a split from their poses and references: ({id: uint8 (F, 3, H, W)}, the clips).
 
-    The clips are spread evenly over the split, `frames` long, by default whole.
+    The clips are spread evenly over the split, `frames` long, by default whole; `at_once` of them share a batch.
     """
-    config = replace(config, held_out_clips=clips, seed=seed, model=model)
+    config = replace(config, held_out_clips=clips, model=model)
     data, _ = load_data(config, split)
-    prepared = Prepared(config.data, split, clips)
-    batch, _ = first_clips(config, data, clips, frames or data["video"].shape[2])
-    drawn = sample_clips(config, model_of(config), batch)
-    pixels = ((drawn + 1) * 127.5).round().to(torch.uint8).transpose(1, 2).contiguous()
-    return {r["id"]: v for r, v in zip(prepared.records[: len(pixels)], pixels, strict=True)}, prepared
+    column, videos = data["video"], dict[str, Tensor]()
+    network = nn.Module.to(model_of(config), best_device())
+    if not isinstance(column, Stored):
+        raise ValueError(f"{config.data} is not prepared: run entprog prepare, and train on what it makes")
+    for bucket in column.buckets():
+        for first in range(0, len(bucket), at_once):
+            rows = bucket[first : first + at_once]
+            part = {k: v.subset(rows) for k, v in data.items() if isinstance(v, Stored)}
+            batch, _ = first_clips(config, part, len(rows), frames or part["video"].shape[2])
+            drawn = sample_clips(replace(config, seed=config.seed + rows[0]), network, batch)
+            pixels = ((drawn + 1) * 127.5).round().to(torch.uint8).transpose(1, 2).contiguous()
+            videos |= {column.prepared.records[column.indices[r]]["id"]: v for r, v in zip(rows, pixels, strict=True)}
+    return videos, column.prepared
+
+
+def _splits(recipe: Recipe) -> list[str]:
+    """Those of the recipe's splits that the data hold: videos know no unseen motions. ValueError for none."""
+    counts = {r["split"] for r in Prepared(recipe.data, "train").every}
+    splits = [s for s in recipe.evaluation["splits"] if s in counts]
+    if not splits:
+        raise ValueError(f"{recipe.data} has the splits {sorted(counts)}, to be evaluated are "
+                         f"{recipe.evaluation['splits']}: keep some people for testing")  # fmt: skip
+    return splits
 
 
 def evaluate_strategies(recipe: Recipe, out: Path, on_progress: OnProgress) -> dict[str, Any]:
@@ -254,7 +298,7 @@ def evaluate_strategies(recipe: Recipe, out: Path, on_progress: OnProgress) -> d
     folder = out / "videos"
     folder.mkdir(exist_ok=True)
     results: dict[str, Any] = {}
-    for split in settings["splits"]:
+    for split in _splits(recipe):
         for strategy in recipe.strategies:
             path = folder / f"{split}-{strategy}.json"
             if not path.exists():
@@ -264,7 +308,9 @@ def evaluate_strategies(recipe: Recipe, out: Path, on_progress: OnProgress) -> d
                 save_file(videos, path.with_suffix(".safetensors"))
                 _keep_to_look_at(folder / split, strategy, videos, prepared)
                 on_progress({"run": f"evaluation, {split}", "message": f"measuring {strategy}"})
-                found = evaluate(videos, prepared, estimate=PoseEstimator(), networks=settings["networks"])
+                found = evaluate(
+                    videos, prepared, estimate=PoseEstimator(), networks=settings["networks"], device=str(best_device())
+                )
                 path.write_text(json.dumps(found, indent=1) + "\n")
             results.setdefault(split, {})[strategy] = json.loads(path.read_text())
     return results
@@ -287,19 +333,32 @@ def _keep_to_look_at(folder: Path, strategy: str, videos: Mapping[str, Tensor], 
             write_webp(folder / f"{i:03d}_{name}.webp", video.transpose(0, 1) / 127.5 - 1, fps)
 
 
+def _pin_data(recipe: Recipe, out: Path) -> None:
+    """Note which clips a recipe was begun with; ValueError if the data folder holds others now."""
+    path, split_hash = out / "split_hash", Prepared(recipe.data, "train").about["split_hash"]
+    if path.exists() and path.read_text() != split_hash:
+        raise ValueError(f"{recipe.data} has changed since {out} was begun: choose another --out")
+    path.write_text(split_hash)
+
+
 def run_recipe(recipe: Recipe, out: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Do a whole recipe: data, base, phases, samples, evaluation. The same call resumes; returns results.json.
 
     ValueError if `out` was begun with another recipe.
     """
-    say = on_progress or (lambda info: None)
+    from entprog.data.detect import PoseEstimator
+
+    say, out = on_progress or (lambda info: None), out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    PoseEstimator()  # what evaluation needs is fetched, or found missing, before the first step
     mine, path = json.loads(json.dumps(asdict(recipe))), out / "recipe.yaml"
     if path.exists() and (saved := yaml.safe_load(path.read_text())) != mine:
         differing = {k: (saved.get(k), v) for k, v in mine.items() if saved.get(k) != v}
         raise ValueError(f"{out} holds another recipe; (saved, now): {differing}. Choose another --out")
     path.write_text(yaml.safe_dump(mine, sort_keys=False))
     prepare_data(recipe, say)
+    _splits(recipe)
+    _pin_data(recipe, out)
     base = train_base(recipe, out, say)
     phases = train_phases(recipe, out, base, say)
     results = {"kind": "recipe", "title": "human video", "strategies": list(recipe.strategies), "base": base}

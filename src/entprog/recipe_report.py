@@ -84,7 +84,9 @@ def _verdict(results: Mapping[str, Any]) -> str:
     better: list[str] = []
     worse: list[str] = []
     for name, value in differences.items():
-        if name in SHOWN and BETTER.get(name) and not value["low"] <= 0 <= value["high"]:
+        if name not in SHOWN or not BETTER.get(name) or value["low"] is None:  # defined on no clip
+            continue
+        if not value["low"] <= 0 <= value["high"]:
             (better if math.copysign(1, value["mean"]) == BETTER[name] else worse).append(NAMES.get(name, name))
     parts = [f"better than {other} in {', '.join(better)}"] if better else []
     parts += [f"worse in {', '.join(worse)}"] if worse else []

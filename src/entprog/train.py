@@ -25,14 +25,14 @@ from entprog.data.batches import Batch, Data, batch_at, fixed_batches, to_device
 from entprog.ema import Ema
 from entprog.measure import MODEL_CLOCK_FLOPS, NET, Ledger, StepCost, held_out_losses, now, saved_bytes, training_bytes
 from entprog.metrics.protocol import mean_interval
-from entprog.models.pretrained import candidate_blocks, loss_fn, predict_fn
+from entprog.models.pretrained import candidate_blocks, freeze_for_good, loss_fn, predict_fn
 from entprog.modes import running, set_mode
 from entprog.objective import OBJECTIVES
 from entprog.plugin import EntProg
 from entprog.strategy import add_lora
 
 # What PoseDiT gets for a condition: trains throughout in every strategy, unless only the temporal blocks may train.
-NEW_MODULES = {"pose": ("pose_guider",), "reference": ("reference_embedding",)}
+NEW_MODULES = {"pose": ("pose_guider",), "reference": ("reference_embedding", "pose_guider")}
 
 
 class Trainer:
@@ -96,16 +96,13 @@ class Trainer:
         """Name what was made for this run's conditions, where the model has it."""
         if self.config.candidates != "all":
             return ()
-        names = [n for c in self.config.conditions for n in NEW_MODULES[c]]
+        names = dict.fromkeys(n for c in self.config.conditions for n in NEW_MODULES[c])
         known = {n for n, _ in self.model.named_parameters()} | {n for n, _ in self.model.named_modules()}
         return tuple(n for n in names if n in known)
 
     def _prepare(self) -> nn.Module:
         """Freeze what may not train and apply strategies that change the model itself; returns what is trained."""
-        if self.config.candidates != "all":
-            may_train = {p for b in self.candidates for p in b.module.parameters()}
-            for p in self.model.parameters():
-                p.requires_grad_(p in may_train)
+        freeze_for_good(self.model, self.candidates, self.config)
         if self.config.strategy != "lora":
             return self.model
         always = (*self._new_modules(), "final_layer") if self.config.candidates == "all" else ()

@@ -178,7 +178,9 @@ def load_data(
     if is_prepared(config.data):
         from entprog.models.autoencoder import Autoencoder
 
-        autoencoder = Autoencoder(config.autoencoder) if config.autoencoder else None
+        autoencoder = None
+        if config.autoencoder:
+            autoencoder = Autoencoder(config.autoencoder).to("cuda" if torch.cuda.is_available() else "cpu")
         limit = config.held_out_clips if split != "train" else None
         return load_split(config.data, split, autoencoder, on_progress, limit), []
     if config.autoencoder:

@@ -74,7 +74,9 @@ class ShardWriter:
     def __init__(self, folder: str | Path, about: Mapping[str, Any], *, per_shard: int = 64) -> None:
         self.folder, self.about, self.per_shard = Path(folder), dict(about), per_shard
         (self.folder / "shards").mkdir(parents=True, exist_ok=True)
-        path = self.folder / "dataset.json"
+        path, manifest = self.folder / "dataset.json", self.folder / "manifest.jsonl"
+        if manifest.exists() and not path.exists():
+            raise ValueError(f"{folder} holds a manifest of something else: choose another --out")
         if path.exists():
             saved = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("clips", "split_hash")}
             if saved != json.loads(json.dumps(self.about)):
@@ -82,8 +84,9 @@ class ShardWriter:
                     f"{folder} was prepared as {saved}, now asked for as {self.about}: choose another --out"
                 )
         self._write_about({})
-        manifest = self.folder / "manifest.jsonl"
         self.records = _read_lines(manifest) if manifest.exists() else []
+        if manifest.exists():  # without a line that a crash cut short
+            manifest.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         self.done = {r["id"] for r in self.records}
         self._pending: dict[Any, list[PreparedClip]] = {}
 
@@ -112,13 +115,15 @@ class ShardWriter:
         partial = self.folder / "shards" / f"{name}.partial"
         save_file({k: torch.stack([r[k] for r in rows]) for k in rows[0]}, partial)
         partial.rename(self.folder / "shards" / name)
+        lines = []
+        for row, clip in enumerate(group):
+            height, width = clip.video.shape[-2:]
+            record = {"id": clip.id, "subject_id": clip.subject_id, "split": clip.split, "shard": name, "row": row,
+                      "fps": clip.fps, "frames": len(clip.video), "height": height, "width": width}  # fmt: skip
+            self.records.append(record | dict(clip.about))
+            lines.append(json.dumps(self.records[-1]) + "\n")
         with (self.folder / "manifest.jsonl").open("a") as manifest:
-            for row, clip in enumerate(group):
-                height, width = clip.video.shape[-2:]
-                record = {"id": clip.id, "subject_id": clip.subject_id, "split": clip.split, "shard": name, "row": row,
-                          "fps": clip.fps, "frames": len(clip.video), "height": height, "width": width}  # fmt: skip
-                self.records.append(record | dict(clip.about))
-                manifest.write(json.dumps(self.records[-1]) + "\n")
+            manifest.write("".join(lines))
         group.clear()
 
     def __enter__(self) -> "ShardWriter":
@@ -133,7 +138,9 @@ class ShardWriter:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """Read the manifest; a last line that a crash cut short is left out, its clip is made again."""
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
 
 
 def is_prepared(folder: str | Path) -> bool:
@@ -144,8 +151,8 @@ def is_prepared(folder: str | Path) -> bool:
 class Prepared:
     """The clips of one split of a prepared folder, read from disk when they are asked for.
 
-    `about` is dataset.json, `records` the manifest lines of the split, in order; with `limit` so many of them, spread
-    evenly over the split. ValueError for a folder that is not prepared, or whose split is empty.
+    `about` is dataset.json, `every` all manifest lines, `records` those of the split, in order; with `limit` so many of
+    them, spread evenly over the split. ValueError for a folder that is not prepared, or whose split is empty.
     """
 
     def __init__(self, folder: str | Path, split: str, limit: int | None = None) -> None:
@@ -153,11 +160,11 @@ class Prepared:
         if not is_prepared(folder):
             raise ValueError(f"{folder} holds no dataset.json: run entprog prepare first")
         self.about: dict[str, Any] = json.loads((self.folder / "dataset.json").read_text())
-        every = _read_lines(self.folder / "manifest.jsonl")
-        self.records = [r for r in every if r["split"] == split]
+        self.every = _read_lines(self.folder / "manifest.jsonl")
+        self.records = [r for r in self.every if r["split"] == split]
         if not self.records:
             raise ValueError(
-                f"{folder} has no clip of split {split!r}: choose one of {sorted({r['split'] for r in every})}"
+                f"{folder} has no clip of split {split!r}: choose one of {sorted({r['split'] for r in self.every})}"
             )
         if limit is not None and limit < len(self.records):
             self.records = [self.records[i * len(self.records) // limit] for i in range(limit)]

@@ -1,4 +1,4 @@
-"""Latents: any diffusers autoencoder from a folder, with its own normalisation, and the small one that lies here.
+"""Latents: a diffusers autoencoder from a folder, with its own normalisation, and the small one that lies here.
 
 An autoencoder is used frame by frame, so that a latent frame is a frame: a video model's causal encoder sees every
 frame as the first of its own clip. Latents are (B, C, F, h, w), normalised to about unit variance; videos are
@@ -7,6 +7,7 @@ frame as the first of its own clip. Latents are (B, C, F, h, w), normalised to a
 TAEF2 is the tiny autoencoder of FLUX.2's latent space (madebyollin/taef2, MIT): 32 channels at an eighth of the size.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,13 @@ class Autoencoder(nn.Module):
         whole = _is_video(self.network)
         frames = self.network.decode(z[:, :, None] if whole else z).sample
         return frames[:, :, 0] if whole else frames
+
+    def fingerprint(self) -> str:
+        """Return 12 hex digits that change with the weights or the normalisation."""
+        digest = hashlib.sha256()
+        for name, tensor in [*self.state_dict().items(), ("mean", self.mean), ("std", self.std)]:
+            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
 
     @torch.no_grad()
     def encode(self, video: Tensor, chunk: int = 64) -> Tensor:

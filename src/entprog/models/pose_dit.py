@@ -195,6 +195,10 @@ class PoseDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         weight = self.x_embedder.weight
         nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
         nn.init.zeros_(self.adaLN_modulation[1].get_parameter("weight"))  # every block is the identity at first
+        for block in self.blocks:
+            if block.motion_module:  # its gates are shared with blocks that train before it: its branches start at zero
+                for p in (*block.get_submodule("proj").parameters(), *block.get_submodule("mlp.2").parameters()):
+                    nn.init.zeros_(p)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.normal_(self.reference_embedding, std=0.02)
         self.zero_pose_guider()

@@ -47,7 +47,14 @@ def load_model(name: str, *, seed: int = 0, autoencoder: str = "", patch_size: i
 
 def model_of(config: "RunConfig") -> PoseDiT:
     """Load the model a configuration names, for its data."""
-    return load_model(config.model, seed=config.seed, autoencoder=config.autoencoder, patch_size=config.patch_size)
+    model = load_model(config.model, seed=config.seed, autoencoder=config.autoencoder, patch_size=config.patch_size)
+    wanted = _tokens(config.autoencoder, 0).get("in_channels", 3)
+    if model.config["in_channels"] != wanted:
+        raise ValueError(
+            f"model {config.model!r} takes {model.config['in_channels']} channels, the data have {wanted}: "
+            f"autoencoder {config.autoencoder!r} does not belong to it"
+        )
+    return model
 
 
 def _tokens(autoencoder: str, patch_size: int) -> dict[str, int]:
@@ -81,8 +88,8 @@ def loss_fn(
 ) -> Callable[[nn.Module, Batch], Tensor]:
     """Return loss(model, batch): the mean squared error of each sample, (B,).
 
-    With weights, places that show a person, or a face, count so many times as much as the background; the weighted
-    mean is taken within each sample. They need the batch's `labels`.
+    With weights, places that show a person count person_weight times as much as the background, and a face
+    face_weight times as much again; the weighted mean is taken within each sample. They need the batch's `labels`.
     """
     predict = predict_fn(objective)
 
@@ -91,16 +98,15 @@ def loss_fn(
         error = (predict(model, batch).float() - target).square()
         if person_weight == face_weight == 1:
             return error.flatten(1).mean(1)
-        weight = (
-            1 + (person_weight - 1) * region_share(batch, "person") + (face_weight - 1) * region_share(batch, "face")
-        )
+        weight = 1 + (person_weight - 1) * region_share(batch, "person")
+        weight = weight + person_weight * (face_weight - 1) * region_share(batch, "face")
         return (weight * error).flatten(1).mean(1) / weight.flatten(1).mean(1)
 
     return loss
 
 
 REGIONS = {
-    "person": tuple(v for k, v in LABELS.items() if k not in ("background", "face")),
+    "person": tuple(v for k, v in LABELS.items() if k != "background"),
     "face": (LABELS["face"],),
     "background": (LABELS["background"],),
 }
@@ -119,6 +125,18 @@ def region_share(batch: Batch, region: str) -> Tensor:
     inside = torch.isin(labels, torch.tensor(REGIONS[region], device=labels.device, dtype=labels.dtype)).float()
     height, width = batch["video"].shape[-2:]
     return nnf.adaptive_avg_pool2d(inside, (height, width))[:, None]
+
+
+def freeze_for_good(model: nn.Module, candidates: Sequence[Block], config: "RunConfig") -> None:
+    """Freeze what no strategy may train in a run: all but the candidate blocks, and for images what is about time."""
+    if config.candidates != "all":
+        may_train = {p for b in candidates for p in b.module.parameters()}
+        for p in model.parameters():
+            p.requires_grad_(p in may_train)
+    if config.frames == 1:  # it does not run, and what does not run should not count as trainable
+        for module in model.modules():
+            if getattr(module, "motion_module", False):
+                module.requires_grad_(False)
 
 
 def candidate_blocks(blocks: Sequence[Block], which: str) -> list[Block]:

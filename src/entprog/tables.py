@@ -1,0 +1,60 @@
+"""Results as tables for a terminal."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.table import Table
+
+
+def results_table(runs: dict[str, dict[str, Any]]) -> Table:
+    """One column per strategy, so that the table fits a narrow terminal."""
+
+    def quality(run: dict[str, Any], name: str, form: str) -> str:
+        return format(run["metrics"][name]["mean"], form) if name in run["metrics"] else "-"
+
+    def held_out(run: dict[str, Any]) -> str:
+        low, high = run["held_out"]["interval"]
+        return f"{run['held_out']['loss']:.4f} ± {(high - low) / 2:.4f}"
+
+    def against_full(run: dict[str, Any]) -> str:
+        low, high = run["against_full"]["interval"]
+        return f"{run['against_full']['difference']:+.4f} ({low:+.4f} .. {high:+.4f})"
+
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("net seconds", lambda r: f"{r['net_seconds']:.1f}"),
+        ("steps", lambda r: str(r["steps"])),
+        ("held-out loss", held_out),
+        ("SSIM", lambda r: quality(r, "ssim", ".3f")),
+        ("PSNR, dB", lambda r: quality(r, "psnr", ".2f")),
+        ("peak memory, MiB", lambda r: f"{r['peak_bytes'] / 2**20:.0f}"),
+        ("mean memory, MiB", lambda r: f"{r['mean_bytes'] / 2**20:.0f}"),
+        ("scoring, search", lambda r: f"{r['scoring_share']:.1%}, {r['search_share']:.1%}"),
+    ]
+    if len(runs) > 1:
+        rows += [
+            ("loss - full's, paired", against_full),
+            ("full's loss reached", lambda r: f"{t:.0f} s" if (t := r["time_to_full_loss"]) else "never"),
+            ("sooner, net", lambda r: f"{x:.2f}x" if (x := r["net_speedup"]) else "-"),
+        ]
+    table = Table(title="held-out clips" + (", equal net time" if len(runs) > 1 else ""))
+    table.add_column("")
+    for name in runs:
+        table.add_column(name, justify="right")
+    for label, cell in rows:
+        table.add_row(label, *(cell(run) for run in runs.values()))
+    return table
+
+
+def evaluation_table(result: dict[str, Any]) -> Table:
+    """One line a metric, one column for the videos, the truth and each baseline."""
+    table = Table(title=f"{result['protocol']['clips']} clips of split {result['protocol']['split']}")
+    rows = result["rows"]
+    for column in ("", *rows):
+        table.add_column(column, justify="right")
+    names = list(dict.fromkeys(name for row in rows.values() for name in row["means"]))
+    for name in names:
+        cells = [row["means"].get(name) for row in rows.values()]
+        table.add_row(name, *(f"{c['mean']:.4g}" if c else "-" for c in cells))
+    distances = [(row.get("fvd") or {}).get("value") for row in rows.values()]
+    table.add_row("fvd", *(f"{value:.4g}" if value is not None else "-" for value in distances))
+    return table

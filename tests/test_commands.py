@@ -1,0 +1,84 @@
+"""prepare, sample and evaluate from the command line, on noise and with a stand-in for the detector."""
+
+import json
+
+import pytest
+import torch
+from conftest import ABOUT, make_clip
+
+from entprog.bench import driven
+from entprog.cli import main
+from entprog.data.cache import load_split, take
+from entprog.data.pose import draw_skeleton
+from entprog.data.prepared import Prepared, ShardWriter
+from entprog.data.video import write_mp4
+
+
+class Nowhere:
+    """Finds everybody at one place."""
+
+    def __call__(self, frames):
+        return torch.full((len(frames), 17, 3), 4.0)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("entprog.data.detect.PoseEstimator", Nowhere)
+    with ShardWriter(tmp_path / "data", ABOUT) as writer:
+        for i in range(16):
+            writer.add(make_clip(i, "train" if i < 12 else "test"))
+    return tmp_path / "data"
+
+
+def test_anybodys_videos_are_scored(folder, tmp_path, capsys):
+    data = Prepared(folder, "test")
+    (tmp_path / "videos").mkdir()
+    for i, record in enumerate(data.records[:3]):  # not all clips need to be there
+        video = data.rows([i], ["video"])["video"][0].transpose(0, 1) / 127.5 - 1
+        write_mp4(tmp_path / "videos" / f"{record['id']}.mp4", video, 10)
+    command = ["evaluate", str(tmp_path / "videos"), "--reference", str(folder), "--networks"]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "videos" / "evaluation-test.json").read_text())
+    decibel = {way: row["means"]["psnr"]["mean"] for way, row in found["rows"].items() if "psnr" in row["means"]}
+    assert found["protocol"]["clips"] == 3
+    assert decibel["generated"] > 3 + decibel["copy_reference"]  # noise through H.264 against other noise
+    assert "copy_reference" in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "videos"), "--networks"]) == 2  # of which data?
+
+
+def test_a_run_is_drawn_and_scored(folder, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"data: {folder}\nmodel: T\nsize: 16\nframes: 3\nsteps: 2\nbatch_size: 2\nstrategy: full\n"
+        "held_out_clips: 2\nsamples: 0\nevaluations: 1\nnum_inference_steps: 2\n"
+    )
+    run = tmp_path / "run"
+    assert main(["train", str(config), "--out", str(run)]) == 0
+    assert main(["evaluate", str(run), "--clips", "4", "--networks"]) == 0  # clips of 6 frames, by windows of 3
+    assert json.loads((run / "evaluation-test.json").read_text())["protocol"]["frames"] == [6]
+    sample = ["sample", str(run), "--clips", "2", "--pose-from", "clip-13", "--out", str(tmp_path / "s.mp4")]
+    assert main(sample) == 0 and (tmp_path / "s.mp4").stat().st_size > 500
+    assert main([*sample[:5], "nobody"]) == 2
+
+
+def test_prepare_takes_one_source(tmp_path):
+    assert main(["prepare", "--out", str(tmp_path)]) == 2
+    assert main(["prepare", str(tmp_path), "--rendered", "3", "--out", str(tmp_path)]) == 2
+
+
+def test_poses_of_another_clip_are_fitted_to_each_body(folder):
+    data = load_split(folder, "test")
+    clips = {k: take(v, k, [0, 1, 2]) for k, v in data.items()}
+    moved = driven(clips, data, "clip-13")
+    assert not torch.equal(moved["pose"], clips["pose"]) and moved["reference"] is clips["reference"]
+    own = make_clip(13)  # whoever is driven by himself keeps his place, for his body has one size
+    alone = {"pose": data["pose"].subset([1]), "video": data["video"].subset([1])}
+    driving, body = own.keypoints, own.reference_keypoints
+    from entprog.data.retarget import fit_pose
+
+    expected = draw_skeleton(fit_pose(driving, body), 16, 16).transpose(0, 1)
+    assert torch.allclose(driven({"pose": clips["pose"][1:2]}, alone, "clip-13")["pose"][0], expected)
+    with pytest.raises(ValueError, match="choose one of"):
+        driven(clips, data, "clip-1")
+    with pytest.raises(ValueError, match="prepared folder"):
+        driven(clips, clips, "clip-13")
