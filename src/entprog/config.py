@@ -22,7 +22,9 @@ class RunConfig:
 
     # what is trained
     strategy: str = "ent-prog"  # a row of STRATEGIES
-    model: str = "base"  # "base": the embedded PoseDiT-T; "T", "S", "B", "XL": random weights; else a saved folder
+    model: str = (
+        "base"  # "base", "people": embedded weights; "T", "P", "S", "B", "XL": random ones; else a saved folder
+    )
     objective: Literal["epsilon", "v_prediction", "flow_prediction"] = "flow_prediction"
     # one word each for the ablations; None keeps the strategy's own
     priority: str | None = None

@@ -28,17 +28,19 @@ from entprog.data.cache import Stored
 from entprog.data.pose import draw_skeleton
 from entprog.data.prepared import SPLITS, Prepared, is_prepared
 from entprog.data.video import write_png, write_webp
+from entprog.models.pretrained import EMBEDDED
 
 OnProgress = Callable[[dict[str, Any]], None]
 PHASES = ("subject", "pose", "video")
 
 # What each phase is, whatever its size: what it is given, how many frames, and which blocks may train.
 _TASKS: dict[str, dict[str, Any]] = {
-    "base": {"conditions": ("reference",), "frames": 1, "condition_dropout": 0.2, "joint_dropout": 0.0},
-    "subject": {"conditions": ("reference",), "frames": 1},
+    "base": {"conditions": ("reference",), "guided": ("reference",), "frames": 1, "condition_dropout": 0.2,
+             "joint_dropout": 0.0},
+    "subject": {"conditions": ("reference",), "guided": ("reference",), "frames": 1},
     "pose": {"conditions": ("pose", "reference"), "frames": 1},
     "video": {"conditions": ("pose", "reference"), "candidates": "temporal"},
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Recipe:
     """What a recipe file says, resolved: RunConfig values common to all runs, and each phase's own.
 
     `data` is a prepared folder, made with the arguments in `people` (of `render_people`) if it is not there. `base`
-    holds the values of the run that pretrains the base, or {"model": folder}. `evaluation`: splits, clips of each,
-    networks.
+    holds the values of the run that pretrains the base, or {"model": one that is pretrained}. `evaluation`: splits,
+    clips of each, networks.
     """
 
     data: str
@@ -78,9 +80,9 @@ def cpu() -> dict[str, Any]:
             "condition_dropout": 0.0, "joint_dropout": 0.1, "guidance_scale": 2.0, "guided": ("pose", "reference"),
             "checkpoint_every": 500, "person_weight": 4.0,
         },
-        "base": {"model": "P", "seconds": 1500, "batch_size": 32, "lr": 1.5e-3, "guided": ("reference",)},
+        "base": {"model": "people"},
         "phases": {
-            "subject": {"seconds": 120, "batch_size": 16, "lr": 1e-3, "guided": ("reference",)},
+            "subject": {"seconds": 120, "batch_size": 16, "lr": 1e-3},
             "pose": {"seconds": 720, "batch_size": 16, "lr": 1e-3},
             "video": {"seconds": 400, "batch_size": 4, "lr": 1e-3, "frames": 8},
         },
@@ -94,7 +96,7 @@ def gpu() -> dict[str, Any]:
     preset = cpu()
     preset["people"] = {"people": {"train": 2000, "test": 128, "hard": 128}, "size": 256, "frames": 16}
     preset["common"] |= {"size": 256, "patch_size": 2, "ema_decay": 0.999, "held_out_clips": 64}
-    preset["base"] = {"model": "S", "steps": 20_000, "batch_size": 64, "lr": 3e-4, "guided": ("reference",)}
+    preset["base"] = {"model": "S", "steps": 20_000, "batch_size": 64, "lr": 3e-4}
     for name, values in (
         ("subject", {"seconds": 600, "batch_size": 32, "lr": 1e-4}),
         ("pose", {"seconds": 1800, "batch_size": 32, "lr": 1e-4}),
@@ -179,11 +181,13 @@ def _check(recipe: Recipe) -> None:
     """Refuse before the first step what would fail after the last. ValueError with the choices."""
     from entprog.evaluate import NETWORKS
 
-    base = {k: v for k, v in recipe.base.items() if k != "model"}
-    if base:
-        recipe.config("base", "full", str(recipe.base.get("model")))
-    elif not (Path(str(recipe.base.get("model"))) / "config.json").exists():
-        raise ValueError(f"base {dict(recipe.base)} is neither a model's folder nor a model with a budget to train it")
+    model = str(recipe.base.get("model"))
+    if set(recipe.base) != {"model"}:
+        recipe.config("base", "full", model)
+    elif model not in EMBEDDED and not (Path(model) / "config.json").exists():
+        raise ValueError(
+            f"base {model!r}: choose one of {sorted(EMBEDDED)} or a model's folder, or add a budget to train it"
+        )
     for phase in recipe.phases:
         for strategy in recipe.strategies:
             recipe.config(phase, strategy, "P")
@@ -193,14 +197,14 @@ def _check(recipe: Recipe) -> None:
 
 
 def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge mappings; a budget in steps replaces one in seconds and the other way round."""
+    """Merge mappings; null takes a key away, a budget in steps replaces one in seconds and the other way round."""
     out = dict(below)
     for budget, other in (("steps", "seconds"), ("seconds", "steps")):
         if above.get(budget) is not None:
             out.pop(other, None)
     for key, value in above.items():
         out[key] = _laid_over(out[key], value) if isinstance(value, Mapping) and key in out else value
-    return out
+    return {k: v for k, v in out.items() if v is not None}
 
 
 def prepare_data(recipe: Recipe, on_progress: OnProgress) -> None:
@@ -230,8 +234,8 @@ def prepare_data(recipe: Recipe, on_progress: OnProgress) -> None:
 def train_base(recipe: Recipe, out: Path, on_progress: OnProgress) -> str:
     """Pretrain the model all strategies start from, an image model that knows a reference; returns its folder."""
     model = str(recipe.base["model"])
-    if (Path(model) / "config.json").exists():
-        return str(Path(model).resolve())
+    if set(recipe.base) == {"model"}:
+        return str(Path(model).resolve()) if Path(model).exists() else model
     train_run(recipe.config("base", "full", model), out / "base", lambda info: on_progress(info | {"run": "base"}))
     return str(out / "base" / "checkpoints" / "final")
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as nnf
@@ -20,19 +20,28 @@ from entprog.objective import Objective
 if TYPE_CHECKING:
     from entprog.config import RunConfig
 
-BASE_WEIGHTS = Path(__file__).parent / "pose_dit_t.safetensors"
+# The weights that lie here, each with a JSON that says how they were made: name -> constructor arguments.
+EMBEDDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "base": ("T", {}),  # drawn figures, 24 px, pixels
+    "people": (  # rendered people, 64 px, latents of TAEF2
+        "P",
+        {"in_channels": 32, "patch_size": 1, "pose_stride": 8, "motion_modules": True},
+    ),
+}
 
 
 def load_model(name: str, *, seed: int = 0, autoencoder: str = "", patch_size: int = 0) -> PoseDiT:
-    """Load a PoseDiT: "base" (embedded, pretrained on the source figures), a size ("T" ...), or a saved folder.
+    """Load a PoseDiT: a row of EMBEDDED ("base", "people"), a size ("T" ...), or a saved folder.
 
     A size gives random weights from `seed`, for pixels or for the latents of an autoencoder, with patches of 4 pixels
     or 1 latent unless patch_size says otherwise, and temporal blocks that are motion modules. ValueError for anything
     else, with the choices.
     """
-    if name == "base":
-        model = pose_dit("T")
-        model.load_state_dict(load_file(BASE_WEIGHTS))
+    if name in EMBEDDED:
+        size, arguments = EMBEDDED[name]
+        model = pose_dit(size, **arguments)
+        weights = load_file(Path(__file__).parent / f"pose_dit_{size.lower()}.safetensors")
+        model.load_state_dict({k: v.float() for k, v in weights.items()})
         return model
     if name in SIZES:
         with torch.random.fork_rng(devices=[]):
@@ -41,7 +50,8 @@ def load_model(name: str, *, seed: int = 0, autoencoder: str = "", patch_size: i
     if (Path(name) / "config.json").exists():
         return PoseDiT.from_pretrained(name, use_safetensors=True)
     raise ValueError(
-        f"model {name!r} is unknown: choose 'base', a size of {sorted(SIZES)}, or a folder with config.json"
+        f"model {name!r} is unknown: choose one of {sorted(EMBEDDED)}, a size of {sorted(SIZES)}, or a folder with "
+        "config.json"
     )
 
 
