@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -54,7 +55,7 @@ def evaluation_table(result: dict[str, Any]) -> Table:
     names = list(dict.fromkeys(name for row in rows.values() for name in row["means"]))
     for name in names:
         cells = [row["means"].get(name) for row in rows.values()]
-        table.add_row(name, *(f"{c['mean']:.4g}" if c else "-" for c in cells))
+        table.add_row(escape(name), *(f"{c['mean']:.4g}" if c and c["mean"] is not None else "-" for c in cells))
     distances = [(row.get("fvd") or {}).get("value") for row in rows.values()]
     table.add_row("fvd", *(f"{value:.4g}" if value is not None else "-" for value in distances))
     return table

@@ -52,7 +52,7 @@ class Trainer:
         on_progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.config, self.out = config, out
-        kept_back = min(32, len(data["video"]) // 8) if config.progressive() else 0
+        kept_back = max(1, min(32, len(data["video"]) // 8)) if config.progressive() else 0
         self.data = {k: v[: len(v) - kept_back] for k, v in data.items()}
         judges = {k: v[len(v) - kept_back :] for k, v in data.items()}
         self.ledger = Ledger()

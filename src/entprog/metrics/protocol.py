@@ -27,6 +27,10 @@ def bootstrap_interval(
 
 
 def mean_interval(values: torch.Tensor) -> tuple[float, list[float]]:
-    """Return the mean of values (n,) and its 95 % interval under a normal distribution, [low, high]."""
-    mean, half = values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+    """Return the mean of values (n,) and its 95 % interval under a normal distribution, [low, high].
+
+    One value gives an interval of no width, which says nothing.
+    """
+    spread = values.std().item() if len(values) > 1 else 0.0
+    mean, half = values.mean().item(), 1.96 * spread / math.sqrt(len(values))
     return mean, [mean - half, mean + half]
