@@ -16,7 +16,7 @@ def test_a_seam_is_what_jumps_at_borders_beyond_the_truth():
     assert seam(truth, truth, [4, 8]) == 0
     jumping = truth.clone()
     jumping[4:8] += 0.3
-    assert seam(jumping, truth, [4, 8]) == pytest.approx(0.3, abs=1e-6)
+    assert seam(jumping, truth, [4, 8]) == pytest.approx(0.3 - 0.4 / 11, abs=1e-5)  # up with the drift, down against it
     assert seam(jumping, truth, [2, 6]) < 0  # the jumps lie elsewhere
     assert seam(jumping, jumping, [4, 8]) == 0  # a cut in the truth is no seam
 
