@@ -22,6 +22,8 @@ from torch import Tensor
 
 SPLITS = ("train", "test", "hard")  # test: unseen people; hard: unseen people and unseen motions
 
+_SHARD_BYTES = 2**28  # a shard lies in memory until it is full
+
 # What a pixel shows. Rendered people know their garments; real footage only knows person, and face by a box.
 LABELS = {"background": 0, "face": 1, "skin": 2, "hair": 3, "top": 4, "bottom": 5, "shoes": 6, "person": 7}
 
@@ -103,7 +105,8 @@ class ShardWriter:
         shapes = tuple((k, tuple(v.shape)) for k, v in sorted(clip.tensors().items()))
         group = self._pending.setdefault((clip.split, shapes), [])
         group.append(clip)
-        if len(group) == self.per_shard:
+        size = sum(v.nbytes for v in clip.tensors().values())
+        if len(group) >= min(self.per_shard, max(1, _SHARD_BYTES // size)):
             self._flush(group)
 
     def _flush(self, group: list[PreparedClip]) -> None:

@@ -405,10 +405,8 @@ def render_people(
     about = {"kind": "rendered", "version": VERSION, "size": size, "frames": frames, "fps": fps, "seed": seed,
              "keypoints": list(COCO17), "held_out_motions": list(HELD_OUT)}  # fmt: skip
     total, done = sum(people.values()) * clips_per_person, 0
-    # Shards are kept in memory until they are full: fewer clips a shard when clips are large.
-    per_shard = max(4, 64 * 64 * 64 // (size * size))
     renderer = Renderer(size, supersample=max(2, math.ceil(192 / size)))
-    with renderer, ShardWriter(out, about, per_shard=per_shard) as writer:
+    with renderer, ShardWriter(out, about) as writer:
         for split, number in _numbers(people):
             person = make_person(seed, number)
             wanted = [i for i in range(clips_per_person) if clip_id(person, i) not in writer.done]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 TAEF2 = Path(__file__).parent / "taef2"
+PIXELS_AT_ONCE = 2**19  # of frames that share a pass: 64 channels of them take 128 MiB
 
 
 class _Residual(nn.Module):
@@ -127,17 +128,19 @@ class Autoencoder(nn.Module):
         return digest.hexdigest()[:12]
 
     @torch.no_grad()
-    def encode(self, video: Tensor, chunk: int = 64) -> Tensor:
+    def encode(self, video: Tensor, chunk: int | None = None) -> Tensor:
         """Encode (B, 3, F, H, W) in [-1, 1] to (B, C, F, h, w); ValueError where H or W do not divide by `factor`."""
         if video.shape[-1] % self.factor or video.shape[-2] % self.factor:
             raise ValueError(f"frames of {tuple(video.shape[-2:])} do not divide by {self.factor}: choose another size")
+        chunk = chunk or max(1, PIXELS_AT_ONCE // video[0, 0, 0].numel())
         frames = video.transpose(1, 2).flatten(0, 1).to(self.mean)
         z = torch.cat([(self._encode(part) - self.mean) / self.std for part in frames.split(chunk)])
         return z.unflatten(0, (video.shape[0], video.shape[2])).transpose(1, 2)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, chunk: int = 64) -> Tensor:
+    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
         """Decode (B, C, F, h, w) to (B, 3, F, H, W), clamped to [-1, 1]."""
+        chunk = chunk or max(1, PIXELS_AT_ONCE // (latents[0, 0, 0].numel() * self.factor**2))
         frames = latents.transpose(1, 2).flatten(0, 1).to(self.mean)
         x = torch.cat([self._decode(part * self.std + self.mean) for part in frames.split(chunk)]).clamp(-1, 1)
         return x.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
