@@ -67,7 +67,7 @@ def main() -> None:
         })  # fmt: skip
         wall = torch.cat((torch.cat(list(truth), -1), torch.cat(list(drawn), -1)), -2)
         write_mp4(args.out / f"overlap-{overlap}.mp4", wall, 10, upscale=2)
-    about = {"clips": len(truth), "frames": frames, "window": config.frames, "run": str(args.run)}
+    about = {"clips": len(truth), "frames": frames, "window": config.frames, "run": "/".join(args.run.parts[-2:])}
     path = Path(__file__).parent / "results" / "long_clips.json"
     path.write_text(json.dumps(environment() | about | {"rows": rows}, indent=1) + "\n")
     table = Table(title=f"{len(truth)} clips of {frames} frames, windows of {config.frames}")
