@@ -69,11 +69,6 @@ def first_clips(config: RunConfig, data: Data, count: int, frames: int | None = 
     return batch, pixels[:, :frames].transpose(1, 2) / 127.5 - 1
 
 
-def best_device() -> torch.device:
-    """Return the first GPU, or the CPU where there is none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def sample_clips(
     config: RunConfig,
     model: nn.Module,

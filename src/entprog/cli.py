@@ -135,10 +135,10 @@ def _cache_latents(args: argparse.Namespace, show: Any) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     import json
 
-    from entprog.bench import best_device
     from entprog.data.detect import PoseEstimator
     from entprog.data.prepared import Prepared
     from entprog.evaluate import compare, evaluate, load_videos
+    from entprog.measure import best_device
 
     source = Path(args.source)
     if (source / "checkpoints" / "final").exists():
@@ -282,9 +282,10 @@ def _sample(args: argparse.Namespace) -> None:
     import torch
     from torch import nn
 
-    from entprog.bench import best_device, driven, first_clips, frame_quality, sample_clips, shown
+    from entprog.bench import driven, first_clips, frame_quality, sample_clips, shown
     from entprog.data.batches import load_data
     from entprog.data.video import write_mp4
+    from entprog.measure import best_device
     from entprog.models.pretrained import load_model
 
     run = Path(args.run)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entprog.data.prepared import Prepared
+from entprog.data.prepared import Prepared, shape_groups
 from entprog.data.video import decode
 from entprog.metrics import adherence, frechet, identity
 from entprog.metrics.frame import l1, psnr, ssim
@@ -172,11 +172,8 @@ def _check_videos(videos: Mapping[str, Tensor], data: Prepared) -> None:
 
 def _partners(records: Sequence[Mapping[str, Any]]) -> list[int | None]:
     """The clip half a round away among those of the same shape, None for a clip that is alone."""
-    groups: dict[Any, list[int]] = {}
-    for i, r in enumerate(records):
-        groups.setdefault((r["frames"], r["height"], r["width"]), []).append(i)
     partners: list[int | None] = [None] * len(records)
-    for group in groups.values():
+    for group in shape_groups(records):
         for place, i in enumerate(group):
             partners[i] = group[(place + len(group) // 2) % len(group)] if len(group) > 1 else None
     return partners

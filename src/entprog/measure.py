@@ -24,6 +24,11 @@ KINDS = (*NET, "held_out", "checkpoint", "sampling")
 MODEL_CLOCK_FLOPS = 1e10  # FLOPs that `clock: model` takes for one second
 
 
+def best_device() -> torch.device:
+    """Return the first GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def now() -> float:
     """Return the wall-clock seconds after everything queued on the GPU has finished."""
     if torch.cuda.is_available():

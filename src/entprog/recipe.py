@@ -21,13 +21,14 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from entprog.bench import best_device, compare, environment, first_clips, model_of, sample_clips, train_run
+from entprog.bench import compare, environment, first_clips, model_of, sample_clips, train_run
 from entprog.config import RunConfig, make_config
 from entprog.data.batches import load_data
 from entprog.data.cache import Stored
 from entprog.data.pose import draw_skeleton
 from entprog.data.prepared import SPLITS, Prepared, is_prepared
 from entprog.data.video import write_png, write_webp
+from entprog.measure import best_device
 from entprog.models.pretrained import EMBEDDED
 
 OnProgress = Callable[[dict[str, Any]], None]

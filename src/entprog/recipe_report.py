@@ -47,12 +47,13 @@ def write_recipe_report(folder: Path, results: dict[str, Any]) -> Path:
     }
     for phase in runs:
         write_report(folder / phase)
+    pairs = {split: _paired(found) for split, found in results["evaluation"].items()}
     with style.context(["default", CHART_STYLE]):
         content = {
             "title": results["title"],
             "results": results,
             "strategies": results["strategies"],
-            "splits": {split: _quality(found) for split, found in results["evaluation"].items()},
+            "splits": {split: _quality(found, pairs[split]) for split, found in results["evaluation"].items()},
             "clips": _clips(folder, results["strategies"]),
             "phases": runs,
             "base": (
@@ -65,7 +66,7 @@ def write_recipe_report(folder: Path, results: dict[str, Any]) -> Path:
                 for run in own
                 if run.scores
             },
-            "verdict": _verdict(results),
+            "verdict": _verdict(results, pairs),
             "recipe": (folder / "recipe.yaml").read_text(encoding="utf-8"),
         }
         path = folder / "report.html"
@@ -73,14 +74,20 @@ def write_recipe_report(folder: Path, results: dict[str, Any]) -> Path:
     return path
 
 
-def _verdict(results: Mapping[str, Any]) -> str:
+def _paired(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Compare the last strategy with the first on one split; None where there is only one."""
+    strategies = list(found)
+    return compare(found[strategies[-1]], found[strategies[0]]) if len(strategies) > 1 else None
+
+
+def _verdict(results: Mapping[str, Any], pairs: Mapping[str, Any]) -> str:
     """Say in one sentence where the strategies differ on unseen people beyond the spread of the clips."""
     strategies, split = results["strategies"], next(iter(results["evaluation"]), None)
     if split is None or len(strategies) < 2:
         return "One strategy was trained, so there is nothing to compare."
     found = results["evaluation"][split]
     one, other = (s for s in (strategies[-1], strategies[0]))
-    differences = compare(found[one], found[other])["differences"]
+    differences = pairs[split]["differences"]
     better: list[str] = []
     worse: list[str] = []
     for name, value in differences.items():
@@ -94,13 +101,12 @@ def _verdict(results: Mapping[str, Any]) -> str:
     return f"On {found[one]['protocol']['clips']} clips of people that neither has seen ({split}), {one} is {told}."
 
 
-def _quality(found: Mapping[str, Any]) -> dict[str, Any]:
+def _quality(found: Mapping[str, Any], paired: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the table of one split: a line a measure, with the means of every strategy, the truth and baselines."""
     strategies = list(found)
     first = found[strategies[0]]
     columns = [("truth", first["rows"].get("truth"))] + [(s, found[s]["rows"]["generated"]) for s in strategies]
     columns += [(f"{way.replace('_', ' ')}", first["rows"].get(way)) for way in ("copy_reference", "shuffled")]
-    paired = compare(found[strategies[-1]], found[strategies[0]]) if len(strategies) > 1 else None
     lines: list[dict[str, Any]] = [{
         "name": "fvd", "better": "lower",
         "cells": [{"mean": (row or {}).get("fvd", {}).get("value")} for _, row in columns],

@@ -15,6 +15,7 @@ from torch import Tensor
 from entprog.data.cache import Column, Stored, load_split, take
 from entprog.data.prepared import is_prepared
 from entprog.data.synthetic import figures
+from entprog.measure import best_device
 
 if TYPE_CHECKING:
     from entprog.config import RunConfig
@@ -178,9 +179,7 @@ def load_data(
     if is_prepared(config.data):
         from entprog.models.autoencoder import Autoencoder
 
-        autoencoder = None
-        if config.autoencoder:
-            autoencoder = Autoencoder(config.autoencoder).to("cuda" if torch.cuda.is_available() else "cpu")
+        autoencoder = Autoencoder(config.autoencoder).to(best_device()) if config.autoencoder else None
         limit = config.held_out_clips if split != "train" else None
         return load_split(config.data, split, autoencoder, on_progress, limit), []
     if config.autoencoder:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from entprog.data.pose import POSE_STYLE, draw_skeleton
-from entprog.data.prepared import Prepared
+from entprog.data.prepared import Prepared, shape_groups
 
 if TYPE_CHECKING:
     from entprog.models.autoencoder import Autoencoder
@@ -57,11 +57,7 @@ class Stored:
 
     def buckets(self) -> list[list[int]]:
         """Group the rows by the shape of their clips, as the manifest knows it: only equals can share a batch."""
-        found: dict[tuple[int, ...], list[int]] = {}
-        for row, index in enumerate(self.indices):
-            record = self.prepared.records[index]
-            found.setdefault((record["frames"], record["height"], record["width"]), []).append(row)
-        return list(found.values())
+        return shape_groups(self.prepared.records[index] for index in self.indices)
 
     def take(self, rows: Sequence[int], windows: Sequence[slice] | None = None) -> Tensor:
         """Read rows, of each only the frames of its window; stacked."""

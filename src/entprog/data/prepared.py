@@ -146,6 +146,14 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
 
 
+def shape_groups(records: Iterable[Mapping[str, Any]]) -> list[list[int]]:
+    """Group the places of records by the shape of their clips: only equals can share a batch."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, record in enumerate(records):
+        groups.setdefault((record["frames"], record["height"], record["width"]), []).append(place)
+    return list(groups.values())
+
+
 def is_prepared(folder: str | Path) -> bool:
     """Whether a folder holds a prepared data set (and not, say, a manifest of video files)."""
     return (Path(folder) / "dataset.json").exists()
