@@ -21,14 +21,14 @@ from rich.table import Table
 
 from entprog.bench import environment
 from entprog.blocks import find_blocks, record_example
-from entprog.cei import cei_per_condition, within
+from entprog.cei import cei_per_condition
 from entprog.cli import progress_bar
 from entprog.config import RunConfig, load_config
-from entprog.data.batches import BESIDE, Batch, batch_at, fixed_batches, load_data
+from entprog.data.batches import Batch, batch_at, fixed_batches, load_data
 from entprog.data.detect import PoseEstimator
 from entprog.data.prepared import Prepared
 from entprog.evaluate import evaluate
-from entprog.models.pretrained import REGIONS, load_model, loss_fn, predict_fn, region_share
+from entprog.models.pretrained import load_model, loss_fn, predict_fn, scoring_ways
 from entprog.modes import set_active
 from entprog.objective import OBJECTIVES
 from entprog.recipe import draw_videos
@@ -41,16 +41,7 @@ def scores_of(config: RunConfig, folder: Path) -> dict[str, dict[str, float]]:
     batches = fixed_batches(data, batch_size=16, frames=config.frames, conditions=config.conditions)
     blocks = find_blocks(model, record_example(model, lambda: predict(model, batches[0])))
 
-    def without(condition: str, batch: Batch) -> Batch:
-        return {k: v for k, v in batch.items() if k not in (condition, *BESIDE.get(condition, ()))}
-
-    ways: dict[str, Any] = {"all": predict}
-    for c in config.conditions:
-        ways[f"without {c}"] = lambda m, b, c=c: predict(m, without(c, b))
-    seen = [torch.stack([region_share(b, r).flatten(1).amax(1) > 0 for r in REGIONS]).all(0) for b in batches]
-    whole = [{k: v[s] for k, v in b.items()} for b, s in zip(batches, seen, strict=True) if s.any()]
-    for r in REGIONS:
-        ways[r] = within(predict, lambda b, r=r: region_share(b, r))
+    ways, whole = scoring_ways(predict, batches, config.conditions)
     return {name: scores.values for name, scores in cei_per_condition(model, blocks, ways, whole).items()}
 
 
@@ -122,8 +113,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     config = load_config(args.scored_on / "config.yaml")
     scores = scores_of(config, args.scored_on / "checkpoints" / "final")
-    names = list(scores["all"])
-    needs = {c: {n: scores["all"][n] - scores[f"without {c}"][n] for n in names} for c in config.conditions}
+    names = list(scores["all conditions"])
+    needs = {c: {n: scores["all conditions"][n] - scores[f"without {c}"][n] for n in names} for c in config.conditions}
     sets = {}
     for condition, by_name in needs.items():
         order = sorted(names, key=lambda n: -by_name[n])

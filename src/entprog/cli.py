@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,17 +246,11 @@ def _score(args: argparse.Namespace) -> None:
 
 def _print_conditions(model: Any, blocks: Any, predict: Any, batches: Any) -> None:
     """Show CEI with all conditions, with each one dropped, and within each region where the data have labels."""
-    from entprog.cei import cei_per_condition, within
+    from entprog.cei import cei_per_condition
     from entprog.data.batches import CONDITIONS
-    from entprog.models.pretrained import REGIONS, region_share
+    from entprog.models.pretrained import scoring_ways
 
-    ways = {"all conditions": predict}
-    for name in CONDITIONS:
-        ways[f"without {name}"] = lambda m, b, name=name: predict(m, {k: v for k, v in b.items() if k != name})
-    if "labels" in batches[0]:
-        for name in REGIONS:
-            ways[name] = within(predict, partial(region_share, region=name))
-        batches = [kept for b in batches if (kept := _showing(b, REGIONS)) is not None]
+    ways, batches = scoring_ways(predict, batches, CONDITIONS)
     with console.status(f"scoring {len(blocks)} blocks {len(ways)} ways"):
         found = cei_per_condition(model, blocks, ways, batches)
     table = Table(title="CEI per condition")
@@ -266,16 +259,6 @@ def _print_conditions(model: Any, blocks: Any, predict: Any, batches: Any) -> No
     for block in blocks:
         table.add_row(block.name, *(f"{scores.values[block.name]:+.4f}" for scores in found.values()))
     console.print(table)
-
-
-def _showing(batch: Any, regions: Any) -> Any:
-    """Keep the samples of a batch that show every region; None without any."""
-    import torch
-
-    from entprog.models.pretrained import region_share
-
-    seen = torch.stack([(region_share(batch, r) > 0).flatten(1).any(1) for r in regions]).all(0)
-    return {k: v[seen] for k, v in batch.items()} if seen.any() else None
 
 
 def _sample(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from entprog.blocks import Block
-from entprog.data.batches import Batch
+from entprog.cei import within
+from entprog.data.batches import BESIDE, Batch
 from entprog.data.prepared import LABELS
 from entprog.models.autoencoder import Autoencoder
 from entprog.models.pose_dit import SIZES, PoseDiT, pose_dit
+from entprog.modes import Predict
 from entprog.objective import Objective
 
 if TYPE_CHECKING:
@@ -135,6 +138,27 @@ def region_share(batch: Batch, region: str) -> Tensor:
     inside = torch.isin(labels, torch.tensor(REGIONS[region], device=labels.device, dtype=labels.dtype)).float()
     height, width = batch["video"].shape[-2:]
     return nnf.adaptive_avg_pool2d(inside, (height, width))[:, None]
+
+
+def scoring_ways(
+    predict: Predict, batches: Sequence[Batch], conditions: Sequence[str]
+) -> tuple[dict[str, Predict], list[Batch]]:
+    """Return the predictions whose CEI tells conditions and regions apart, and the batches to take it on.
+
+    All conditions, each one left out, and within each region where the batches have labels; then only samples that
+    show every region are kept.
+    """
+
+    def without(condition: str) -> Predict:
+        dropped = (condition, *BESIDE.get(condition, ()))
+        return lambda model, batch: predict(model, {k: v for k, v in batch.items() if k not in dropped})
+
+    ways = {"all conditions": predict} | {f"without {c}": without(c) for c in conditions}
+    if "labels" not in batches[0]:
+        return ways, list(batches)
+    ways |= {name: within(predict, partial(region_share, region=name)) for name in REGIONS}
+    seen = [torch.stack([(region_share(b, r) > 0).flatten(1).any(1) for r in REGIONS]).all(0) for b in batches]
+    return ways, [{k: v[s] for k, v in b.items()} for b, s in zip(batches, seen, strict=True) if s.any()]
 
 
 def freeze_for_good(model: nn.Module, candidates: Sequence[Block], config: "RunConfig") -> None:
