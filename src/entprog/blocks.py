@@ -96,17 +96,20 @@ class Block:
     """One residual unit that can be named, frozen and run in a mode.
 
     `outputs` is None until the probe has verified the block: by `find_blocks` when it is given an example, otherwise at
-    the block's first use in a mode that needs it.
+    the block's first use in a mode that needs it. `adapters` are parameters added inside the block that train whether
+    it is frozen or not.
     """
 
     index: int
     name: str
     module: nn.Module
     outputs: Outputs | None = field(default=None, repr=False)
+    adapters: list[nn.Parameter] = field(default_factory=list, repr=False)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the block's floating-point parameters, the only ones that can train."""
-        return [p for p in self.module.parameters() if p.is_floating_point()]
+        """Return the block's own floating-point parameters, the only ones that freezing concerns."""
+        added = {id(p) for p in self.adapters}
+        return [p for p in self.module.parameters() if p.is_floating_point() and id(p) not in added]
 
 
 def probe(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outputs | None:

@@ -38,6 +38,7 @@ class RunConfig:
     restore_at: float | None = None
     stem: str | None = None
     rescore: str | None = None
+    adapters: bool | None = None
     search_budget: float | None = None
     score_budget: float | None = None
     lora_rank: int = 8
@@ -159,7 +160,7 @@ def check_same(config: RunConfig, folder: Path) -> None:
 
 
 # The best of the rates tried for each on the figures; docs/log.md has them all.
-DEMO_RATES = {"full": 1e-3, "lora": 5e-3, "ent-prog": 1e-3, "paper": 1e-3}
+DEMO_RATES = {"full": 1e-3, "lora": 5e-3, "ent-prog": 1e-3, "ent-prog+lora": 1e-3, "paper": 1e-3}
 
 
 def demo(strategy: str, seconds: float, seed: int = 0) -> RunConfig:

@@ -411,7 +411,7 @@ class EntProg:
     def snapshot(self) -> Snapshot:
         """Copy everything training can change (Trial)."""
         assert self._optimizer is not None
-        parameters = [p for b in self.blocks for p in b.parameters()] + self.always + self.stem
+        parameters = [p for b in self.blocks for p in (*b.parameters(), *b.adapters)] + self.always + self.stem
         taken = Snapshot.take(parameters, self._optimizer)
         self._snapshots.add(taken)
         return taken

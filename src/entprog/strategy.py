@@ -6,11 +6,11 @@ carries a setting out in a training loop. `full` and `lora` train the same param
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from entprog.blocks import Block
+from entprog.blocks import Block, forked_rng
 from entprog.priority import PRIORITIES, lookup
 from entprog.schedule import SCHEDULES
 from entprog.supernet import SEARCHES
@@ -25,6 +25,7 @@ class Progressive:
     frozen: "bypass" (down to min_fidelity) or "pass". skip: largest share of blocks that may sit out, until
     restore_at of the run. stem: pretrained modules outside blocks train "late" (with block 0), "always" or "never".
     search_budget, score_budget: shares of a stage and of the run. rescore: rank again at every "stage" or "never".
+    adapters: every block carries LoRA adapters that train throughout, so a frozen block passes exact gradients on.
     also_score: priorities measured beside for the record, their rank correlation with the deciding one logged.
     """
 
@@ -42,6 +43,7 @@ class Progressive:
     search_budget: float = 0.08
     score_budget: float = 0.02
     rescore: str = "never"
+    adapters: bool = False
     also_score: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,6 +61,11 @@ class Progressive:
         shares = {"active_share": self.active_share, "restore_at": self.restore_at, "1 - skip": 1 - self.skip}
         if self.stages < 1 or not all(0 < share <= 1 for share in shares.values()):
             raise ValueError(f"stages ({self.stages}) must be at least 1 and {shares} each in (0, 1]")
+        if self.adapters and (self.frozen != "pass" or self.skip):
+            raise ValueError(
+                f"adapters train inside frozen blocks, which then have to run: set frozen to 'pass' and skip to 0, not "
+                f"{self.frozen!r} and {self.skip}"
+            )
 
 
 def ent_prog() -> Progressive:
@@ -77,6 +84,11 @@ def ent_prog() -> Progressive:
     )
 
 
+def ent_prog_lora() -> Progressive:
+    """Ent-Prog's best quarter of the blocks in full, LoRA adapters on all of them, throughout."""
+    return replace(ent_prog(), schedule="fixed", active_share=0.25, stages=1, frozen="pass", adapters=True)
+
+
 def paper() -> Progressive:
     """As published: signed CEI, gradients through frozen blocks, paired supernet, four stages."""
     return Progressive(priority="cei", frozen="pass", search="paired", stages=4)
@@ -86,6 +98,7 @@ STRATEGIES: dict[str, Callable[[], Progressive | None]] = {
     "full": lambda: None,
     "lora": lambda: None,
     "ent-prog": ent_prog,
+    "ent-prog+lora": ent_prog_lora,
     "paper": paper,
 }
 
@@ -95,12 +108,32 @@ def add_lora(model: nn.Module, blocks: Sequence[Block], rank: int, always: Seque
 
     The modules and parameters named in `always` stay trainable in full.
     """
-    from peft import LoraConfig, get_peft_model
-
-    names = {m: n for n, m in model.named_modules()}
-    targets = [names[m] for b in blocks for m in b.module.modules() if isinstance(m, nn.Linear)]
-    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))  # type: ignore[arg-type]
+    wrapped = _wrap(model, blocks, rank)
     for name, p in model.named_parameters():
         if any(name == a or name.startswith(f"{a}.") for a in always):
             p.requires_grad_(True)
     return wrapped
+
+
+def add_adapters(model: nn.Module, blocks: Sequence[Block], rank: int) -> nn.Module:
+    """Put LoRA adapters on every linear layer of the blocks and freeze nothing; returns peft's wrapper.
+
+    The blocks know their adapters, which freezing then leaves alone: they train throughout, in blocks that train in
+    full too, so that unfreezing a block changes neither its output nor the optimizer's state.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    wrapped = _wrap(model, blocks, rank)
+    for block in blocks:
+        block.adapters = [p for name, p in block.module.named_parameters() if ".lora_" in name]
+    for p in trainable:
+        p.requires_grad_(True)
+    return wrapped
+
+
+def _wrap(model: nn.Module, blocks: Sequence[Block], rank: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    names = {m: n for n, m in model.named_modules()}
+    targets = [names[m] for b in blocks for m in b.module.modules() if isinstance(m, nn.Linear)]
+    with forked_rng(0):  # half of each adapter starts random
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from entprog.models.pretrained import candidate_blocks, freeze_for_good, loss_fn
 from entprog.modes import running, set_mode
 from entprog.objective import OBJECTIVES
 from entprog.plugin import EntProg
-from entprog.strategy import add_lora
+from entprog.strategy import add_adapters, add_lora
 
 # What PoseDiT gets for a condition: trains throughout in every strategy, unless only the temporal blocks may train.
 NEW_MODULES = {"pose": ("pose_guider",), "reference": ("reference_embedding", "pose_guider")}
@@ -103,6 +103,9 @@ class Trainer:
     def _prepare(self) -> nn.Module:
         """Freeze what may not train and apply strategies that change the model itself; returns what is trained."""
         freeze_for_good(self.model, self.candidates, self.config)
+        settings = self.config.progressive()
+        if settings and settings.adapters:
+            return add_adapters(self.model, self.candidates, self.config.lora_rank)
         if self.config.strategy != "lora":
             return self.model
         always = (*self._new_modules(), "final_layer") if self.config.candidates == "all" else ()
@@ -412,7 +415,7 @@ class Trainer:
         """Return the plain model: every block running normally, adapters merged."""
         for block in self.blocks:
             set_mode(block, "train")
-        if self.config.strategy == "lora":
+        if self.wrapped is not self.model:
             self.model = self.wrapped.merge_and_unload()  # type: ignore[operator]
         return self.model
 
