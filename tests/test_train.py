@@ -93,6 +93,34 @@ def test_a_killed_and_resumed_run_gives_bit_equal_weights(name, when, tmp_path):
     assert told(whole) == told(broken), "the log of a resumed run reads like an uninterrupted one"
 
 
+def test_adapters_train_in_frozen_blocks_whose_own_weights_stay(tmp_path):
+    trainer = make(replace(TINY, strategy="ent-prog+lora", active_share=0.25), tmp_path)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    seen = {}
+
+    def look(info):
+        frozen = [b for b in trainer.blocks if b.name not in trainer.prog.active]
+        seen["frozen"] = [b.name for b in frozen]
+        assert len(frozen) == 3 and not any(p.requires_grad for b in frozen for p in b.parameters())
+        assert all(p.requires_grad for b in trainer.blocks for p in b.adapters)
+        seen["after"] = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+    trainer.on_progress = look
+    trainer.run()
+    changed = {n for n, p in seen["after"].items() if not torch.equal(p, before[n])}
+    for block in trainer.blocks:
+        inside = {n for n in before if n.startswith(f"{block.name}.")}
+        adapters = {n for n in inside if ".lora_" in n}
+        assert len(adapters) == 8 and adapters <= changed
+        assert (inside - adapters <= changed) == (block.name not in seen["frozen"])
+        assert block.name not in seen["frozen"] or not (inside - adapters) & changed
+    assert weights(tmp_path).keys() == tiny_model().state_dict().keys()
+    kept = {id(p) for p in trainer.prog.snapshot().parameters}
+    assert all(id(p) in kept for b in trainer.blocks for p in b.adapters)
+    with pytest.raises(ValueError, match="frozen to 'pass'"):
+        replace(TINY, strategy="ent-prog+lora", frozen="bypass").progressive()
+
+
 def test_a_wall_clock_run_replays_its_decisions_after_a_kill(tmp_path):
     config = replace(
         TINY, strategy="ent-prog", schedule="adaptive", clock="wall", steps=None, seconds=3.0, checkpoint_every=1000

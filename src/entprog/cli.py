@@ -1,4 +1,4 @@
-"""The command line: entprog demo | prepare | score | train | sample | evaluate | report.
+"""The command line: entprog demo | prepare | score | train | sample | evaluate | export | report.
 
 Exit codes: 0 done, 1 failed, 2 bad input.
 """
@@ -209,9 +209,10 @@ def _train_recipe(args: argparse.Namespace) -> None:
 def _score(args: argparse.Namespace) -> None:
     from entprog.blocks import find_blocks, record_example
     from entprog.data.batches import fixed_batches, load_data
+    from entprog.layouts import FILTERS, layer_filter
     from entprog.models.pretrained import loss_fn, model_of, predict_fn
     from entprog.objective import OBJECTIVES
-    from entprog.priority import score
+    from entprog.priority import lookup, score
 
     if args.config:
         config = load_config(args.config, args.overrides)
@@ -229,6 +230,9 @@ def _score(args: argparse.Namespace) -> None:
     if args.conditions:
         _print_conditions(model, blocks, predict, batches)
         return
+    top = max(1, len(blocks) // 4) if args.top is None else args.top
+    if args.export and (lookup(FILTERS, args.export, "export") and not 1 <= top <= len(blocks)):
+        raise ValueError(f"--top {top} is not between 1 and the model's {len(blocks)} blocks")
     with console.status(f"scoring {len(blocks)} blocks on {len(data['video'])} clips"):
         scores = score(model, blocks, predict, batches, args.priority, loss_fn=lambda m, b: loss(m, b).mean(),
                        t=lambda batch: batch["t"])  # fmt: skip
@@ -242,6 +246,8 @@ def _score(args: argparse.Namespace) -> None:
     if args.out:
         scores.save(args.out)
         console.print(f"scores: {args.out}")
+    if args.export:
+        print(layer_filter(model, scores.ranking[:top], args.export))  # as it is, to be pasted
 
 
 def _print_conditions(model: Any, blocks: Any, predict: Any, batches: Any) -> None:
@@ -297,6 +303,24 @@ def _sample(args: argparse.Namespace) -> None:
                   f"PSNR {quality['psnr']['mean']:.2f} dB")  # fmt: skip
 
 
+def _export(args: argparse.Namespace) -> None:
+    from entprog.cei import Scores
+    from entprog.export import export
+
+    options = {"rank": args.rank, "energy": args.energy, "keys": args.keys}
+    if args.scores:
+        options["scores"] = Scores.load(args.scores)
+    if args.example:
+        from safetensors.torch import load_file
+
+        options["example"] = load_file(args.example)
+    written = export(args.source, args.form, args.out, base=args.base, **options)
+    for name, value in written.items():
+        told = value if not isinstance(value, list | dict) or len(value) <= 8 else f"{len(value)}, see {args.out}"
+        console.print(f"{name}: {told}", markup=False)
+    console.print(f"{args.form}: {args.out}")
+
+
 def _report(args: argparse.Namespace) -> None:
     from entprog.report import write_report
 
@@ -323,6 +347,20 @@ def _add_prepare(commands: Any) -> None:
     prepare.set_defaults(function=_prepare)
 
 
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="save a trained model in another form")
+    export.add_argument("source", help="run folder, diffusers folder, or a delta or single file of this command")
+    export.add_argument("--as", dest="form", required=True, metavar="FORM", help="diffusers, single-file, delta, lora")
+    export.add_argument("--out", required=True, help="file, or folder for diffusers")
+    export.add_argument("--base", help="what was trained (default: the run's); a delta as source needs it too")
+    export.add_argument("--rank", type=int, help="of a lora, or")
+    export.add_argument("--energy", type=float, help="share of each layer's squared change that a lora keeps")
+    export.add_argument("--keys", help="of a lora: diffusers (default), or original, for ComfyUI")
+    export.add_argument("--example", help="safetensors file of forward inputs to measure a lora's output error on")
+    export.add_argument("--scores", help="score file that goes into a delta (default: the run's)")
+    export.set_defaults(function=_export)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="entprog", description="Train the blocks of a video diffusion model that matter."
@@ -347,6 +385,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--conditions", action="store_true", help="CEI per condition and per region of the person")
     score.add_argument("--samples", type=int, default=64, help="drawn clips to score on (default: %(default)s)")
     score.add_argument("--out", help="write the scores as JSON")
+    score.add_argument("--export", metavar="PROGRAM", help="print the best blocks as its layer filter: peft, "
+                       "musubi-tuner, diffsynth, videox-fun")  # fmt: skip
+    score.add_argument("--top", type=int, help="how many blocks to export (default: a quarter)")
     score.set_defaults(function=_score)
     sample = commands.add_parser("sample", help="draw a trained run's held-out clips into an mp4")
     sample.add_argument("run", help="run folder")
@@ -368,6 +409,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--against", help="another evaluation's JSON: paired differences")
     evaluate.add_argument("--out", help="JSON file (default: evaluation-SPLIT.json in the folder)")
     evaluate.set_defaults(function=_evaluate)
+    _add_export(commands)
     report = commands.add_parser("report", help="write a run folder's report.html again")
     report.add_argument("run", help="run folder")
     report.set_defaults(function=_report)
