@@ -288,6 +288,8 @@ def test_refusals_say_what_to_do(wan, tmp_path):
         (model, "lora", {"base": base}, "exactly one"),
         (model, "lora", {"base": base, "rank": 3, "energy": 0.5}, "exactly one"),
         (model, "lora", {"base": base, "energy": 1.5}, r"in \(0, 1\]"),
+        (model, "lora", {"base": base, "rank": 0}, "at least 1"),
+        (model, "lora", {"base": base, "energy": 0.0}, r"in \(0, 1\]"),
         (model, "lora", {"base": base, "rank": 3, "keys": "kohya"}, "choose one of"),
         (base, "lora", {"base": base, "rank": 3}, "nothing to write"),
         (model, "delta", {"base": ZOO["flux"]()[0]}, "another model's base"),

@@ -176,7 +176,8 @@ def save_lora(
     Report: relative Frobenius error |dW - BA| / |dW| of every layer, `linear_error` of all of them together,
     `total_error` with what was dropped, which is listed, and `output_error` relative to the output and to its change.
     """
-    if (rank is None) == (energy is None) or (rank or 1) < 1 or not 0 < (energy or 1) <= 1:
+    too_low = rank is not None and rank < 1
+    if (rank is None) == (energy is None) or too_low or (energy is not None and not 0 < energy <= 1):
         raise ValueError(f"give either a rank of at least 1 ({rank}) or an energy in (0, 1] ({energy}): exactly one")
     if keys not in LORA_PREFIX:
         raise ValueError(f"keys {keys!r} are unknown: choose one of {sorted(LORA_PREFIX)}")

@@ -110,7 +110,7 @@ def content_hash(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(memoryview(_bytes(value).numpy()))
+        digest.update(_bytes(value).numpy().data)
     return digest.hexdigest()
 
 
