@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from entprog.cei import Scores
+from entprog.frozen import value_of
 
 
 class RunLog:
@@ -76,7 +77,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial / "state.safetensors")
+    save_file({k: value_of(v).detach().contiguous() for k, v in tensors.items()}, partial / "state.safetensors")
     (partial / "state.json").write_text(json.dumps(state))
     for path in partial.iterdir():  # on disk before the name says so
         with path.open("rb") as file:

@@ -7,6 +7,8 @@ the average of blocks that come and go.
 import torch
 from torch import Tensor, nn
 
+from entprog.frozen import set_value, value_of
+
 
 class Ema:
     """Average of the parameters that have ever trained, updated only on steps they train."""
@@ -34,6 +36,6 @@ class Ema:
         """Exchange the averages with the weights; a second call exchanges them back."""
         for p, name in self.names.items():
             if name in self.average:
-                held = p.detach().clone()
-                p.copy_(self.average[name])
+                held = value_of(p).detach().clone()
+                set_value(p, self.average[name])
                 self.average[name].copy_(held)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from entprog.blocks import Block, evaluating, forked_rng
+from entprog.frozen import weight_bytes
 from entprog.modes import LossFn, running
 
 # What the ledger tells apart; the first four are a training run's net time.
@@ -135,7 +136,7 @@ def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, activatio
     state = {p: optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]}
     made = tensor_bytes(v for s in state.values() if s for v in s.values() if isinstance(v, Tensor) and v.ndim)
     to_come = 2 * tensor_bytes(p for p in trained if not state.get(p))
-    return tensor_bytes(model.parameters()) + tensor_bytes(trained) + made + to_come + activations
+    return weight_bytes(model)["device"] + tensor_bytes(trained) + made + to_come + activations
 
 
 def count_flops(function: Callable[[], Any]) -> int:

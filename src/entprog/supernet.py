@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from entprog.blocks import forked_rng
+from entprog.frozen import set_value, value_of
 from entprog.schedule import Candidate
 
 FIRST_STEPS = 8  # counted steps every candidate gets before it can lose
@@ -71,7 +72,7 @@ class Snapshot:
         return cls(
             list(parameters),
             optimizer,
-            [p.detach().clone() for p in parameters],
+            [value_of(p).detach().clone() for p in parameters],
             [_copied(optimizer.state.get(p)) for p in parameters],
         )
 
@@ -87,7 +88,7 @@ class Snapshot:
         """
         with torch.no_grad():
             for p, weight, state in zip(self.parameters, self.weights, self.state, strict=True):
-                p.copy_(weight)
+                set_value(p, weight)
                 p.grad = None
                 if state is None:
                     self.optimizer.state.pop(p, None)
