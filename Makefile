@@ -21,7 +21,7 @@ check: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,people,pose,faces]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,people,pose,faces,wan]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps anny
 	touch $@
 

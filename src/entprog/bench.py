@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprog.blocks import Block, find_blocks, record_example
+from entprog.blocks import Block, evaluating, find_blocks, record_example
 from entprog.config import RunConfig, check_same
 from entprog.data.batches import Batch, Data, fixed_batches, load_data
 from entprog.data.cache import Stored
@@ -29,6 +29,7 @@ from entprog.metrics.frame import psnr, ssim
 from entprog.metrics.protocol import bootstrap_interval
 from entprog.models.autoencoder import Autoencoder
 from entprog.models.pretrained import model_of
+from entprog.models.wan import is_pipeline
 from entprog.modes import LossFn, fidelity, preserved, set_active
 from entprog.objective import OBJECTIVES
 from entprog.sample import sample
@@ -132,6 +133,17 @@ def shown(config: RunConfig, clips: Batch) -> Batch:
     return clips | {"reference": reference}
 
 
+def draw_held_out(config: RunConfig, model: nn.Module, data: Data, count: int) -> tuple[Tensor, Tensor, Batch]:
+    """Draw the first clips of a split: (drawn, truth, the conditions as pictures)."""
+    if is_pipeline(config.model):
+        from entprog.data.encode import draw_clips
+
+        with evaluating(model):
+            return draw_clips(config, model, {k: v for k, v in data.items() if isinstance(v, Stored)}, count)
+    clips, truth = first_clips(config, data, count)
+    return sample_clips(config, model, clips), truth, shown(config, clips)
+
+
 def frame_quality(drawn: Tensor, truth: Tensor) -> dict[str, Any]:
     """SSIM and PSNR of videos (N, 3, F, H, W) in [-1, 1] against the truth: mean over clips with a 95 % interval."""
     a, b = ((v.transpose(1, 2) + 1) / 2 for v in (drawn, truth))
@@ -165,7 +177,8 @@ def train_run(config: RunConfig, out: Path, on_progress: OnProgress | None = Non
         return done
     say = on_progress or (lambda info: None)
     say({"message": "loading data"})
-    encoding = {"message": "encoding clips that are not cached yet"} if config.autoencoder else {"message": "reading"}
+    encodes = config.autoencoder or is_pipeline(config.model)
+    encoding = {"message": "encoding clips that are not cached yet" if encodes else "reading"}
     data, errors = load_data(config, "train", lambda share: say(encoding))
     held_out, more = load_data(config, "test", lambda share: say(encoding))
     trainer = Trainer(config, model_of(config), data, held_out, out, on_progress)
@@ -175,9 +188,8 @@ def train_run(config: RunConfig, out: Path, on_progress: OnProgress | None = Non
     if config.samples and len(held_out["video"]):
         say({"message": "sampling"})
         with trainer.ledger("sampling"):
-            clips, truth = first_clips(config, held_out, config.samples)
-            drawn = sample_clips(config, trainer.model, clips)
-            save_samples(out / "samples", drawn, truth, shown(config, clips))
+            drawn, truth, clips = draw_held_out(config, trainer.model, held_out, config.samples)
+            save_samples(out / "samples", drawn, truth, clips)
         results["metrics"] = frame_quality(drawn, truth)
     return trainer.write_results(results | environment())
 

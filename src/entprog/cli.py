@@ -85,6 +85,11 @@ def _last_ranking(run: Path) -> list[str]:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    if args.model and not args.out:
+        _encode(args, args.videos)
+        return
+    if not args.out:
+        raise ValueError("entprog prepare needs --out DATA, or --model DIR and a data folder that is there already")
     if bool(args.videos) == bool(args.rendered):
         raise ValueError("entprog prepare takes either videos or --rendered N: one of them")
     with progress_bar() as show:
@@ -115,6 +120,22 @@ def _prepare(args: argparse.Namespace) -> None:
         if args.autoencoder:
             _cache_latents(args, show)
     console.print(f"data: {args.out}")
+    if args.model:
+        _encode(args, [args.out])
+
+
+def _encode(args: argparse.Namespace, folders: Sequence[str]) -> None:
+    """Make what a pipeline folder needs of prepared data."""
+    from entprog.data.encode import encode
+
+    if len(folders) != 1:
+        raise ValueError(f"entprog prepare --model encodes one prepared data folder, not {list(folders)}")
+    with progress_bar() as show:
+        cache = encode(
+            folders[0], args.model, args.caption,
+            on_progress=lambda share: show({"run": "encoding", "done": share, "of": 1}),
+        )  # fmt: skip
+    console.print(f"encoded for {args.model}: {Path(folders[0]) / cache}")
 
 
 def _cache_latents(args: argparse.Namespace, show: Any) -> None:
@@ -210,25 +231,24 @@ def _score(args: argparse.Namespace) -> None:
     from entprog.blocks import find_blocks, record_example
     from entprog.data.batches import fixed_batches, load_data
     from entprog.layouts import FILTERS, layer_filter
-    from entprog.models.pretrained import loss_fn, model_of, predict_fn
-    from entprog.objective import OBJECTIVES
+    from entprog.models.pretrained import batch_settings, model_of, predict_and_loss
     from entprog.priority import lookup, score
 
+    overrides = [*args.overrides, *(f"{k}={v}" for k in ("model", "data") if (v := getattr(args, k)))]
     if args.config:
-        config = load_config(args.config, args.overrides)
+        config = load_config(args.config, overrides)
     else:
-        config = make_config(
-            {"steps": 1} | {k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in args.overrides)}
-        )
+        given = {k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in overrides)}
+        config = make_config({"steps": 1} | given)
     model = model_of(config)
     data, _ = load_data(replace(config, clips=args.samples), "train")
     data = {k: v[: args.samples] for k, v in data.items()}
-    batches = fixed_batches(data, batch_size=config.batch_size, frames=config.frames, conditions=config.conditions)
-    objective = OBJECTIVES[config.objective]
-    predict, loss = predict_fn(objective), loss_fn(objective, config.person_weight, config.face_weight)
+    settings = batch_settings(config)
+    batches = fixed_batches(data, batch_size=config.batch_size, **settings)
+    predict, loss = predict_and_loss(config)
     blocks = find_blocks(model, record_example(model, lambda: predict(model, batches[0])))
     if args.conditions:
-        _print_conditions(model, blocks, predict, batches)
+        _print_conditions(model, blocks, predict, batches, settings["conditions"])
         return
     top = max(1, len(blocks) // 4) if args.top is None else args.top
     if args.export and (lookup(FILTERS, args.export, "export") and not 1 <= top <= len(blocks)):
@@ -250,13 +270,12 @@ def _score(args: argparse.Namespace) -> None:
         print(layer_filter(model, scores.ranking[:top], args.export))  # as it is, to be pasted
 
 
-def _print_conditions(model: Any, blocks: Any, predict: Any, batches: Any) -> None:
+def _print_conditions(model: Any, blocks: Any, predict: Any, batches: Any, conditions: Sequence[str]) -> None:
     """Show CEI with all conditions, with each one dropped, and within each region where the data have labels."""
     from entprog.cei import cei_per_condition
-    from entprog.data.batches import CONDITIONS
     from entprog.models.pretrained import scoring_ways
 
-    ways, batches = scoring_ways(predict, batches, CONDITIONS)
+    ways, batches = scoring_ways(predict, batches, conditions)
     with console.status(f"scoring {len(blocks)} blocks {len(ways)} ways"):
         found = cei_per_condition(model, blocks, ways, batches)
     table = Table(title="CEI per condition")
@@ -271,24 +290,30 @@ def _sample(args: argparse.Namespace) -> None:
     import torch
     from torch import nn
 
-    from entprog.bench import driven, first_clips, frame_quality, sample_clips, shown
+    from entprog.bench import draw_held_out, driven, first_clips, frame_quality, sample_clips, shown
     from entprog.data.batches import load_data
     from entprog.data.video import write_mp4
     from entprog.measure import best_device
+    from entprog.models import wan
     from entprog.models.pretrained import load_model
 
     run = Path(args.run)
-    if not (run / "checkpoints" / "final").exists():
+    final = run / "checkpoints" / "final"
+    if not final.exists():
         raise ValueError(f"{run} holds no finished model (checkpoints/final): run entprog train with --out {run} first")
     config = load_config(run / "config.yaml", args.overrides)
-    model = nn.Module.to(load_model(str(run / "checkpoints" / "final")), best_device())
+    whole = wan.is_pipeline(config.model)
+    if whole and (args.frames or args.pose_from or args.overlap is not None):
+        raise ValueError("--frames, --pose-from and --overlap are for PoseDiT: a pipeline draws the clips as they are")
+    model = nn.Module.to(wan.load(config, str(final)) if whole else load_model(str(final)), best_device())
     data, _ = load_data(config, "test")
-    clips, truth = first_clips(config, data, args.clips, args.frames)
-    if args.pose_from:
-        clips = driven(clips, data, args.pose_from)
-    with console.status(f"sampling {len(truth)} clips, {config.num_inference_steps} steps each"):
-        drawn = sample_clips(config, model, clips, overlap=args.overlap)
-    clips = shown(config, clips)
+    with console.status(f"sampling {args.clips} clips, {config.num_inference_steps} steps each"):
+        if whole:
+            drawn, truth, clips = draw_held_out(config, model, data, args.clips)
+        else:
+            clips, truth = first_clips(config, data, args.clips, args.frames)
+            clips = driven(clips, data, args.pose_from) if args.pose_from else clips
+            drawn, clips = sample_clips(config, model, clips, overlap=args.overlap), shown(config, clips)
     stills = [clips["reference"][:, :, None].expand_as(drawn)] if "reference" in clips else []
     poses = [clips["pose"] * 2 - 1] if "pose" in clips else []
     columns = torch.cat((*stills, *poses, truth, drawn), dim=-1)  # side by side
@@ -329,9 +354,9 @@ def _report(args: argparse.Namespace) -> None:
 
 def _add_prepare(commands: Any) -> None:
     prepare = commands.add_parser("prepare", help="render people, or cut, pose and crop videos, into a data folder")
-    prepare.add_argument("videos", nargs="*", help="video files or one folder of them")
+    prepare.add_argument("videos", nargs="*", help="video files or one folder of them; with --model, DATA")
     prepare.add_argument("--rendered", type=int, metavar="N", help="render N people, and a tenth more for each test")
-    prepare.add_argument("--out", required=True, help="data folder; the same command resumes")
+    prepare.add_argument("--out", help="data folder; the same command resumes")
     prepare.add_argument("--size", type=int, default=64, help="pixels of a side (default: %(default)s)")
     prepare.add_argument("--frames", type=int, default=16, help="frames of a clip (default: %(default)s)")
     prepare.add_argument("--fps", type=float, default=10.0, help="frames a second (default: %(default)s)")
@@ -344,6 +369,8 @@ def _add_prepare(commands: Any) -> None:
     prepare.add_argument("--flips", action="store_true", help="each training clip a second time, mirrored")
     prepare.add_argument("--face-size", type=int, default=0, help="pixels of face crops, 0 for none")
     prepare.add_argument("--autoencoder", help="make its latents now: taef2, or a folder of diffusers")
+    prepare.add_argument("--model", help="folder of a diffusers pipeline: encode for it, DATA if there is no --out")
+    prepare.add_argument("--caption", help="prompt of every clip for --model (default: each clip's in the manifest)")
     prepare.set_defaults(function=_prepare)
 
 
@@ -381,6 +408,10 @@ def _parser() -> argparse.ArgumentParser:
     score = commands.add_parser("score", help="rank a model's blocks")
     score.add_argument("config", nargs="?", help="YAML file (default: the embedded base on drawn figures)")
     score.add_argument("overrides", nargs="*", metavar="key=value")
+    score.add_argument(
+        "--model", help="in place of the configuration's: a folder of a diffusers pipeline, or a PoseDiT"
+    )
+    score.add_argument("--data", help="in place of the configuration's")
     score.add_argument("--priority", default="cei", help="a row of PRIORITIES (default: %(default)s)")
     score.add_argument("--conditions", action="store_true", help="CEI per condition and per region of the person")
     score.add_argument("--samples", type=int, default=64, help="drawn clips to score on (default: %(default)s)")

@@ -22,10 +22,13 @@ class RunConfig:
 
     # what is trained
     strategy: str = "ent-prog"  # a row of STRATEGIES
-    model: str = (
-        "base"  # "base", "people": embedded weights; "T", "P", "S", "B", "XL": random ones; else a saved folder
-    )
+    # "base", "people": embedded weights; "T", "P", "S", "B", "XL": random ones; else a saved folder, of a PoseDiT or of
+    # a diffusers pipeline (models/wan.py)
+    model: str = "base"
+    expert: Literal["high", "low"] | None = None  # of a pipeline with two: the one for much noise, or for little
+    dtype: Literal["float32", "bfloat16"] | None = None  # of a pipeline's weights; None: float32
     objective: Literal["epsilon", "v_prediction", "flow_prediction"] = "flow_prediction"
+    shift: float | None = None  # of the times towards noise; None: 1, or that of the pipeline's scheduler
     # one word each for the ablations; None keeps the strategy's own
     priority: str | None = None
     schedule: str | None = None
@@ -48,6 +51,7 @@ class RunConfig:
     autoencoder: str = ""  # "": pixels; "taef2", or a folder with a diffusers autoencoder: its latents
     conditions: tuple[Literal["pose", "reference"], ...] = ("pose", "reference")
     candidates: Literal["all", "temporal"] = "all"  # which blocks may train; the rest of the model stays frozen
+    caption: str | None = None  # every clip's prompt for a pipeline; None: its own in the manifest
     domain: str = "target"  # of the drawn figures
     clips: int = 1024  # drawn for training
     held_out_clips: int = 32
@@ -85,6 +89,10 @@ class RunConfig:
             raise ValueError(f"strategy {self.strategy!r} is unknown: choose one of {sorted(STRATEGIES)}")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler {self.sampler!r} is unknown: choose one of {sorted(SAMPLERS)}")
+        if self.shift is not None and self.shift <= 0:
+            raise ValueError(
+                f"shift {self.shift} must be more than 0: 1 leaves the times uniform, 3 to 5 is Wan's range"
+            )
         if self.guidance_scale != 1 and (not self.guided or not set(self.guided) <= set(self.conditions)):
             raise ValueError(
                 f"guided {self.guided} must name at least one of this run's conditions {self.conditions}, or set "

@@ -31,6 +31,17 @@ def straight(t: Tensor) -> tuple[Tensor, Tensor]:
     return 1 - t, t
 
 
+def shifted(u: Tensor, shift: float = 1.0, between: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Return times t = s v / (1 + (s - 1) v), more of them near noise the larger the shift s.
+
+    This is the shift of Stable Diffusion 3 (arXiv 2403.03206, equation 23). v runs with u in [0, 1] over the part of
+    [0, 1] whose times lie `between` two times.
+    """
+    low, high = (time / (shift - (shift - 1) * time) for time in between)
+    v = low + (high - low) * u
+    return shift * v / (1 + (shift - 1) * v)
+
+
 @dataclass(frozen=True)
 class Objective:
     """A path from video to noise and the linear combination of both ends that the network predicts.

@@ -25,9 +25,8 @@ from entprog.data.batches import Batch, Data, batch_at, fixed_batches, to_device
 from entprog.ema import Ema
 from entprog.measure import MODEL_CLOCK_FLOPS, NET, Ledger, StepCost, held_out_losses, now, saved_bytes, training_bytes
 from entprog.metrics.protocol import mean_interval
-from entprog.models.pretrained import candidate_blocks, freeze_for_good, loss_fn, predict_fn
+from entprog.models.pretrained import batch_settings, candidate_blocks, freeze_for_good, predict_and_loss
 from entprog.modes import running, set_mode
-from entprog.objective import OBJECTIVES
 from entprog.plugin import EntProg
 from entprog.strategy import add_adapters, add_lora
 
@@ -58,9 +57,8 @@ class Trainer:
         self.ledger = Ledger()
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         self.on_progress = on_progress or (lambda info: None)
-        objective = OBJECTIVES[config.objective]
-        self.predict = self._autocast(predict_fn(objective))
-        self.loss_fn = self._autocast(loss_fn(objective, config.person_weight, config.face_weight))
+        self.settings = batch_settings(config)
+        self.predict, self.loss_fn = (self._autocast(function) for function in predict_and_loss(config))
         self.device = self.accelerator.device
         self.model = model.to(self.device).train()
         self.held_out = self._fixed(held_out)
@@ -86,10 +84,8 @@ class Trainer:
     # -- setting up ----------------------------------------------------------------------------------------------------
 
     def _fixed(self, data: Data) -> list[Batch]:
-        config = self.config
-        fixed = fixed_batches(
-            data, batch_size=8, frames=config.frames, conditions=config.conditions, draws=config.held_out_draws
-        )
+        size = 8 if self.settings["frames"] else self.config.batch_size  # a pipeline's clips may be large
+        fixed = fixed_batches(data, batch_size=size, draws=self.config.held_out_draws, **self.settings)
         return [to_device(b, self.device) for b in fixed]
 
     def _new_modules(self) -> tuple[str, ...]:
@@ -160,8 +156,7 @@ class Trainer:
                 seed=config.seed,
                 condition_dropout=0.0 if complete else config.condition_dropout,
                 joint_dropout=0.0 if complete else config.joint_dropout,
-                frames=config.frames,
-                conditions=config.conditions,
+                **self.settings,
             )
             return to_device(batch, self.device)
 

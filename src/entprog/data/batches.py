@@ -16,6 +16,7 @@ from entprog.data.cache import Column, Stored, load_split, take
 from entprog.data.prepared import is_prepared
 from entprog.data.synthetic import figures
 from entprog.measure import best_device
+from entprog.models.wan import is_pipeline
 
 if TYPE_CHECKING:
     from entprog.config import RunConfig
@@ -24,6 +25,7 @@ Data = Mapping[str, Column]
 Batch = dict[str, Tensor]
 CONDITIONS = ("pose", "reference")
 BESIDE = {"reference": ("reference_pose",)}  # what comes and goes with a condition
+ALWAYS = ("labels", "control", "condition", "image", "pose_latents", "face")  # what is there is in every batch
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -40,7 +42,7 @@ def _columns(data: Data, conditions: Sequence[str] | None) -> list[str]:
     beside = [name for condition in conditions for name in BESIDE.get(condition, ())]
     if missing := [c for c in conditions if c not in data]:
         raise ValueError(f"the data have no {missing}: they hold {sorted(data)}")
-    return [k for k in ("video", *conditions, *beside, "labels") if k in data]
+    return [k for k in ("video", *conditions, *beside, *ALWAYS) if k in data]
 
 
 def _buckets(data: Data) -> list[list[int]]:
@@ -113,9 +115,10 @@ def batch_at(
     generator = _generator(seed, 2, position)
     batch["t"] = torch.rand(batch_size, generator=generator)
     batch["noise"] = torch.randn(batch["video"].shape, generator=generator)
-    dropped = [c for c in CONDITIONS if torch.rand((), generator=generator) < condition_dropout]
+    droppable = list(dict.fromkeys((*CONDITIONS, *(conditions or ()))))
+    dropped = [c for c in droppable if torch.rand((), generator=generator) < condition_dropout]
     if joint_dropout and torch.rand((), generator=generator) < joint_dropout:
-        dropped = list(CONDITIONS)
+        dropped = droppable
     for condition in dropped:
         for name in (condition, *BESIDE.get(condition, ())):
             batch.pop(name, None)
@@ -171,16 +174,20 @@ def load_data(
     """Load a run's clips, "train", "test" or "hard", and the list of clips that could not be read ({"id", "error"}).
 
     Drawn figures of the two splits share neither people nor motions. A folder's are as its manifest says; of a
-    prepared folder latents are made first where the run has an autoencoder.
+    prepared folder latents are made first where the run has an autoencoder, and what a pipeline's folder needs.
     """
     if config.data == "figures":
         count, seed = (config.clips, 0) if split == "train" else (config.held_out_clips, 777)
         return figures(count, domain=config.domain, frames=config.frames, size=config.size, seed=seed), []
+    limit = config.held_out_clips if split != "train" else None
+    if is_pipeline(config.model):
+        from entprog.data.encode import load_encoded
+
+        return load_encoded(config, split, on_progress, limit), []
     if is_prepared(config.data):
         from entprog.models.autoencoder import Autoencoder
 
         autoencoder = Autoencoder(config.autoencoder).to(best_device()) if config.autoencoder else None
-        limit = config.held_out_clips if split != "train" else None
         return load_split(config.data, split, autoencoder, on_progress, limit), []
     if config.autoencoder:
         raise ValueError(f"{config.data} is not prepared: run entprog prepare before training with an autoencoder")

@@ -93,7 +93,7 @@ def take(column: Column, name: str, rows: Sequence[int], windows: Sequence[slice
     return values.float()
 
 
-def _maps(keypoints: Tensor, height: int, width: int) -> Tensor:
+def pose_maps(keypoints: Tensor, height: int, width: int) -> Tensor:
     """Draw poses (..., 17, 3) as bytes, channels first: (..., 3, H, W)."""
     return (draw_skeleton(keypoints, height, width) * 255).round().to(torch.uint8)
 
@@ -109,10 +109,10 @@ def _converted(tensors: dict[str, Tensor], autoencoder: "Autoencoder | None") ->
             video, reference = (autoencoder.encode(x / 127.5 - 1).half().cpu() for x in (video, reference))
     out = {
         "video": video,  # (n, C, F, h, w)
-        "pose": _maps(tensors["keypoints"], height, width).transpose(1, 2),  # (n, 3, F, H, W)
+        "pose": pose_maps(tensors["keypoints"], height, width).transpose(1, 2),  # (n, 3, F, H, W)
         "labels": tensors["labels"],  # (n, F, H, W)
         "reference": reference[:, :, 0],
-        "reference_pose": _maps(tensors["reference_keypoints"], height, width),
+        "reference_pose": pose_maps(tensors["reference_keypoints"], height, width),
     }
     return {k: v.contiguous() for k, v in out.items()}
 

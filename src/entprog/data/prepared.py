@@ -154,6 +154,13 @@ def shape_groups(records: Iterable[Mapping[str, Any]]) -> list[list[int]]:
     return list(groups.values())
 
 
+def read_manifest(folder: str | Path) -> list[dict[str, Any]]:
+    """Return the record of every clip of a folder. ValueError for a folder that is not prepared."""
+    if not is_prepared(folder):
+        raise ValueError(f"{folder} holds no dataset.json: run entprog prepare first")
+    return _read_lines(Path(folder) / "manifest.jsonl")
+
+
 def is_prepared(folder: str | Path) -> bool:
     """Whether a folder holds a prepared data set (and not, say, a manifest of video files)."""
     return (Path(folder) / "dataset.json").exists()
@@ -168,10 +175,8 @@ class Prepared:
 
     def __init__(self, folder: str | Path, split: str, limit: int | None = None) -> None:
         self.folder, self.split = Path(folder), split
-        if not is_prepared(folder):
-            raise ValueError(f"{folder} holds no dataset.json: run entprog prepare first")
+        self.every = read_manifest(folder)
         self.about: dict[str, Any] = json.loads((self.folder / "dataset.json").read_text())
-        self.every = _read_lines(self.folder / "manifest.jsonl")
         self.records = [r for r in self.every if r["split"] == split]
         if not self.records:
             raise ValueError(

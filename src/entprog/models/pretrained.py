@@ -1,7 +1,8 @@
 """Where a run's model comes from, and how it is called and trained: the one place that knows a model family."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,11 @@ from entprog.blocks import Block
 from entprog.cei import within
 from entprog.data.batches import BESIDE, Batch
 from entprog.data.prepared import LABELS
+from entprog.models import wan
 from entprog.models.autoencoder import Autoencoder
 from entprog.models.pose_dit import SIZES, PoseDiT, pose_dit
 from entprog.modes import Predict
-from entprog.objective import Objective
+from entprog.objective import OBJECTIVES, Objective, shifted
 
 if TYPE_CHECKING:
     from entprog.config import RunConfig
@@ -58,8 +60,10 @@ def load_model(name: str, *, seed: int = 0, autoencoder: str = "", patch_size: i
     )
 
 
-def model_of(config: "RunConfig") -> PoseDiT:
-    """Load the model a configuration names, for its data."""
+def _pose_dit_of(config: "RunConfig") -> PoseDiT:
+    """Load the PoseDiT a configuration names, for its data."""
+    if wrong := {k: v for k, v in (("expert", config.expert), ("dtype", config.dtype)) if v is not None}:
+        raise ValueError(f"{wrong} belong to pipeline folders, and model {config.model!r} is none: leave them out")
     model = load_model(config.model, seed=config.seed, autoencoder=config.autoencoder, patch_size=config.patch_size)
     wanted = _tokens(config.autoencoder, 0).get("in_channels", 3)
     if model.config["in_channels"] != wanted:
@@ -80,34 +84,91 @@ def _tokens(autoencoder: str, patch_size: int) -> dict[str, int]:
     return {"in_channels": latents.channels, "patch_size": patch_size, "pose_stride": patch_size * latents.factor}
 
 
-def conditioned(model: nn.Module, x_t: Tensor, t: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+def conditioned(model: nn.Module, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
     """Call a PoseDiT-like model with the conditions that are there."""
     known = {k: conditions[k] for k in ("pose", "reference", "reference_pose") if k in conditions}
     return model(x_t, t, **known)
 
 
-def predict_fn(objective: Objective) -> Callable[[nn.Module, Batch], Tensor]:
+Call = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+Times = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model: a row of FAMILIES.
+
+    load(config) -> the model; call(config) -> call(model, x_t, t, batch) -> prediction; times(config) -> the map from
+    the batches' u in [0, 1] to times t. conditions: what may be dropped from a batch, None: as the configuration says.
+    cuts: whether clips are cut to the configuration's frames, and not trained on whole.
+    """
+
+    load: Callable[["RunConfig"], nn.Module]
+    call: Callable[["RunConfig"], Call]
+    times: Callable[["RunConfig"], Times]
+    conditions: tuple[str, ...] | None = None
+    cuts: bool = True
+
+
+FAMILIES: dict[str, Family] = {
+    "PoseDiT": Family(_pose_dit_of, lambda config: conditioned, lambda c: partial(shifted, shift=c.shift or 1.0)),
+    **dict.fromkeys(wan.RECIPES, Family(wan.load, wan.call, wan.times, ("text",), cuts=False)),
+}
+
+
+def family_of(config: "RunConfig") -> Family:
+    """Return the family of a configuration's model: by the pipeline class of a folder, otherwise PoseDiT's."""
+    return FAMILIES[wan.class_of(config.model) if wan.is_pipeline(config.model) else "PoseDiT"]
+
+
+def model_of(config: "RunConfig") -> nn.Module:
+    """Load the model a configuration names, for its data."""
+    return family_of(config).load(config)
+
+
+def batch_settings(config: "RunConfig") -> dict[str, Any]:
+    """Return which frames and conditions a run's batches have, as keywords of data/batches.py."""
+    family = family_of(config)
+    conditions = config.conditions if family.conditions is None else family.conditions
+    return {"frames": config.frames if family.cuts else None, "conditions": conditions}
+
+
+def predict_and_loss(config: "RunConfig") -> tuple[Predict, Callable[[nn.Module, Batch], Tensor]]:
+    """Return the functions predict(model, batch) and loss(model, batch), (B,), that a configuration asks for."""
+    family, objective = family_of(config), OBJECTIVES[config.objective]
+    ways: dict[str, Any] = {"call": family.call(config), "times": family.times(config)}
+    loss = loss_fn(objective, config.person_weight, config.face_weight, **ways)
+    return predict_fn(objective, **ways), loss
+
+
+def predict_fn(
+    objective: Objective, call: Call = conditioned, times: Times = shifted
+) -> Callable[[nn.Module, Batch], Tensor]:
     """Return predict(model, batch): the raw prediction for a batch that holds its own times and noise."""
 
     def predict(model: nn.Module, batch: Batch) -> Tensor:
-        x_t = objective.noisy(batch["video"], batch["noise"], batch["t"])
-        return conditioned(model, x_t, batch["t"], batch)
+        t = times(batch["t"])
+        return call(model, objective.noisy(batch["video"], batch["noise"], t), t, batch)
 
     return predict
 
 
 def loss_fn(
-    objective: Objective, person_weight: float = 1.0, face_weight: float = 1.0
+    objective: Objective,
+    person_weight: float = 1.0,
+    face_weight: float = 1.0,
+    call: Call = conditioned,
+    times: Times = shifted,
 ) -> Callable[[nn.Module, Batch], Tensor]:
     """Return loss(model, batch): the mean squared error of each sample, (B,).
 
     With weights, places that show a person count person_weight times as much as the background, and a face
     face_weight times as much again; the weighted mean is taken within each sample. They need the batch's `labels`.
     """
-    predict = predict_fn(objective)
+    predict = predict_fn(objective, call, times)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        target = objective.target(batch["video"], batch["noise"], batch["t"])
+        target = objective.target(batch["video"], batch["noise"], times(batch["t"]))
         error = (predict(model, batch).float() - target).square()
         if person_weight == face_weight == 1:
             return error.flatten(1).mean(1)
