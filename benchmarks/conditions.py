@@ -22,7 +22,6 @@ from rich.table import Table
 from entprog.bench import environment
 from entprog.blocks import find_blocks, record_example
 from entprog.cei import cei_per_condition
-from entprog.cli import progress_bar
 from entprog.config import RunConfig, load_config
 from entprog.data.batches import Batch, batch_at, fixed_batches, load_data
 from entprog.data.detect import PoseEstimator
@@ -32,6 +31,7 @@ from entprog.models.pretrained import load_model, loss_fn, predict_fn, scoring_w
 from entprog.modes import set_active
 from entprog.objective import OBJECTIVES
 from entprog.recipe import draw_videos
+from entprog.tables import progress_bar
 
 
 def scores_of(config: RunConfig, folder: Path) -> dict[str, dict[str, float]]:

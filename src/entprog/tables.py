@@ -1,10 +1,53 @@
-"""Results as tables for a terminal."""
+"""What a terminal shows: the console, a run's progress, results as tables."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+console = Console()
+
+
+@contextmanager
+def progress_bar() -> Iterator[Any]:
+    """Yield a function that shows a run's progress: run, stage, active blocks, loss, memory, time left."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(info: dict[str, Any]) -> None:
+            name = info.get("run", "run")
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=1.0, note="")
+            if "done" in info:
+                bar.update(
+                    tasks[name],
+                    completed=info["done"] / info["of"],
+                    note=f"{info['done']:.4g} of {info['of']}  {info.get('at', '')}",
+                )
+                return
+            if "message" in info:
+                bar.update(tasks[name], note=info["message"])
+                return
+            note = (
+                f"step {info['step']}  stage {info['stage']}  {info['active']}/{info['blocks']} blocks  "
+                f"loss {info['loss']:.4f}  {info['bytes'] / 2**20:.0f} MiB"
+            )
+            bar.update(tasks[name], completed=info["progress"], note=note)
+
+        yield show
+        for task in tasks.values():
+            bar.update(task, completed=1.0)
 
 
 def results_table(runs: dict[str, dict[str, Any]]) -> Table:

@@ -1,0 +1,99 @@
+"""entprog prepare: people rendered, videos cut and posed, data encoded for a model."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from entprog.tables import console, progress_bar
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    if args.model and not args.out:
+        _encode(args, args.videos)
+        return
+    if not args.out:
+        raise ValueError("entprog prepare needs --out DATA, or --model DIR and a data folder that is there already")
+    if bool(args.videos) == bool(args.rendered):
+        raise ValueError("entprog prepare takes either videos or --rendered N: one of them")
+    with progress_bar() as show:
+        if args.rendered:
+            from entprog.data.rendered import render_people
+
+            unseen = max(2, args.rendered // 10)
+            people = {"train": args.rendered, "test": unseen, "hard": unseen}
+            render_people(
+                people, args.out, size=args.size, frames=args.frames, fps=args.fps, seed=args.seed,
+                clips_per_person=args.clips_per_person,
+                on_progress=lambda done, total: show({"run": "rendering", "done": done, "of": total}),
+            )  # fmt: skip
+        else:
+            from entprog.data.prepare import prepare_videos
+
+            names = ("size", "frames", "fps", "aspects", "subject", "seed", "test_subjects", "test_videos", "face_size",
+                     "flips")  # fmt: skip
+            found = prepare_videos(
+                args.videos if len(args.videos) > 1 else args.videos[0],
+                args.out,
+                **{name: getattr(args, name) for name in names},
+                on_progress=lambda done, total, name: show({"run": "videos", "done": done, "of": total, "at": name}),
+            )
+            console.print(f"clips: {found['clips']}")
+            for message in (*found["warnings"], *(f"{e['video']}: {e['error']}" for e in found["errors"])):
+                console.print(f"[yellow]{message}")
+        if args.autoencoder:
+            _cache_latents(args, show)
+    console.print(f"data: {args.out}")
+    if args.model:
+        _encode(args, [args.out])
+
+
+def _encode(args: argparse.Namespace, folders: Sequence[str]) -> None:
+    """Make what a pipeline folder needs of prepared data."""
+    from entprog.data.encode import encode
+
+    if len(folders) != 1:
+        raise ValueError(f"entprog prepare --model encodes one prepared data folder, not {list(folders)}")
+    with progress_bar() as show:
+        cache = encode(
+            folders[0], args.model, args.caption,
+            on_progress=lambda share: show({"run": "encoding", "done": share, "of": 1}),
+        )  # fmt: skip
+    console.print(f"encoded for {args.model}: {Path(folders[0]) / cache}")
+
+
+def _cache_latents(args: argparse.Namespace, show: Any) -> None:
+    from entprog.data.cache import load_split
+    from entprog.data.prepared import SPLITS, Prepared
+    from entprog.models.autoencoder import Autoencoder
+
+    autoencoder = Autoencoder(args.autoencoder)
+    for split in SPLITS:
+        try:
+            Prepared(args.out, split)
+        except ValueError:
+            continue  # no clips in it
+        load_split(args.out, split, autoencoder, lambda share: show({"run": "encoding", "done": share, "of": 1}))
+
+
+def add_prepare(commands: Any) -> None:
+    """Add the command and its arguments to a parser's commands."""
+    prepare = commands.add_parser("prepare", help="render people, or cut, pose and crop videos, into a data folder")
+    prepare.add_argument("videos", nargs="*", help="video files or one folder of them; with --model, DATA")
+    prepare.add_argument("--rendered", type=int, metavar="N", help="render N people, and a tenth more for each test")
+    prepare.add_argument("--out", help="data folder; the same command resumes")
+    prepare.add_argument("--size", type=int, default=64, help="pixels of a side (default: %(default)s)")
+    prepare.add_argument("--frames", type=int, default=16, help="frames of a clip (default: %(default)s)")
+    prepare.add_argument("--fps", type=float, default=10.0, help="frames a second (default: %(default)s)")
+    prepare.add_argument("--seed", type=int, default=0)
+    prepare.add_argument("--clips-per-person", type=int, default=4)
+    prepare.add_argument("--aspects", nargs="+", default=["1:1"], help="shapes of the crops, e.g. 1:1 3:4 9:16")
+    prepare.add_argument("--subject", default="video", help="video, folder, a pattern or a .json/.csv file: who is who")
+    prepare.add_argument("--test-subjects", nargs="*", default=[], help="people kept for testing")
+    prepare.add_argument("--test-videos", nargs="*", default=[], help="views kept for testing where people are few")
+    prepare.add_argument("--flips", action="store_true", help="each training clip a second time, mirrored")
+    prepare.add_argument("--face-size", type=int, default=0, help="pixels of face crops, 0 for none")
+    prepare.add_argument("--autoencoder", help="make its latents now: taef2, or a folder of diffusers")
+    prepare.add_argument("--model", help="folder of a diffusers pipeline: encode for it, DATA if there is no --out")
+    prepare.add_argument("--caption", help="prompt of every clip for --model (default: each clip's in the manifest)")
+    prepare.set_defaults(function=_prepare)
