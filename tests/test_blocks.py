@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import Plain, Residual, first
 from torch import nn
+from zoo import build, cosmos
 
-from entprog.blocks import find_blocks, record_example
+from entprog.blocks import Block, find_blocks, record_example
 from entprog.modes import mode_of, set_active, skip
 
 
@@ -162,3 +163,187 @@ def test_recorded_example_reproduces_the_call(family):
     model, inputs = family
     example = record_example(model, lambda: model(**inputs))
     assert [b.name for b in find_blocks(model, example)] == [b.name for b in find_blocks(model, inputs)]
+
+
+# the zoo's hard cases, and blocks that reach outside their stream
+
+
+def test_modules_beside_the_main_lists_are_not_blocks():
+    for name, outsiders in (
+        ("AuraFlowTransformer2DModel", ["norm_out"]),
+        ("HunyuanVideoTransformer3DModel", ["context_embedder.token_refiner.refiner_blocks.0"]),
+        ("WanAnimateTransformer3DModel", ["face_adapter.0", "face_adapter.1"]),
+        ("HunyuanDiT2DModel", ["blocks.3"]),
+    ):
+        model, inputs = build(name)
+        assert set(outsiders) <= dict(model.named_modules()).keys()
+        names = [b.name for b in find_blocks(model, inputs)]
+        assert not any(n == o or n.startswith(f"{o}.") for n in names for o in outsiders)
+
+
+@torch.no_grad()
+def test_a_skipped_control_block_gives_no_hint_and_hands_the_control_on():
+    model, inputs = build("WanVACETransformer3DModel")
+    control = [b for b in find_blocks(model, inputs) if b.name.startswith("vace_blocks")]
+    assert [b.outputs.vanishing for b in control] == [(0,), (0,)]
+    with skip(control):
+        skipped = first(model(**inputs))
+    assert torch.equal(skipped, first(model(**inputs, control_hidden_states_scale=torch.zeros(2))))
+
+
+@torch.no_grad()
+def test_cosmos_blocks_still_add_the_position_when_skipped():
+    for position, added in (("learnable", ("extra_pos_emb", None)), (None, None)):
+        model, inputs = cosmos(position)
+        assert {b.outputs.added for b in find_blocks(model, inputs)} == {added}
+
+
+class Scaled(nn.Module):
+    """(shortcut(x) + f(x)) / 2, a resnet that changes the number of channels."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.scale = 2.0
+        self.shortcut = nn.Linear(width, out) if out != width else None
+        self.mlp = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
+
+    def forward(self, x):
+        return ((self.shortcut(x) if self.shortcut else x) + self.mlp(x)) / self.scale
+
+
+def test_a_shortcut_is_left_when_shapes_change_and_carries_the_bypassed_gradient():
+    model = nn.Sequential(Scaled(4, 6), Scaled(6, 6))
+    x = torch.randn(2, 4, requires_grad=True)
+    blocks = find_blocks(model, {"input": x})
+    assert [(b.outputs.shortcut, b.outputs.divisor) for b in blocks] == [("shortcut", 2.0), (None, 2.0)]
+    with skip(blocks):
+        assert torch.equal(model(x), model[0].shortcut(x) / 2 / 2)
+    normal = model(x)
+    set_active(blocks, [], frozen="bypass")
+    bypassed = model(x)
+    assert torch.equal(bypassed, normal)
+    weight = torch.randn(2, 6)
+    (expected,) = torch.autograd.grad(model[0].shortcut(x) / 4, x, weight)
+    assert torch.equal(torch.autograd.grad(bypassed, x, weight)[0], expected)
+
+
+def test_a_lone_layer_is_no_block_and_a_refusal_says_why():
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Linear(4, 6)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    with pytest.raises(ValueError, match="0: it does not return its inputs"):
+        find_blocks(nn.Sequential(Layer()), {"input": torch.randn(2, 4)})
+
+
+def test_a_unets_mid_block_is_taken_apart_and_nothing_is_nested():
+    model, inputs = build("UNet2DConditionModel")
+    names = [b.name for b in find_blocks(model, inputs)]
+    assert {"mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"} <= set(names)
+    assert not any("transformer_blocks" in n or "samplers" in n for n in names)
+    assert sorted(names) == sorted(b.name for b in find_blocks(model))
+
+
+def test_parameters_read_outside_a_block_are_named():
+    model, inputs = build("DiTTransformer2DModel")
+    blocks = find_blocks(model, inputs)
+    assert all(n.startswith("transformer_blocks.0.norm1.emb.") for n in blocks[0].shared) and blocks[0].shared
+    assert not any(b.shared for b in blocks[1:])
+
+
+def test_tied_parameters_are_named_and_train_with_either_block():
+    model = Plain()
+    x = torch.randn(3, 8)
+    model.blocks[2].mlp[0].weight = model.blocks[0].mlp[0].weight
+    for blocks in (find_blocks(model, {"x": x}), find_blocks(model)):
+        assert "blocks.2.mlp.0.weight" in blocks[0].shared and "blocks.0.mlp.0.weight" in blocks[2].shared
+        assert not blocks[1].shared
+    for mode in ("prefix", "bypass", "pass"):
+        set_active(blocks, ["blocks.0"], frozen=mode)
+        assert model.blocks[0].mlp[0].weight.requires_grad, "block 2, frozen, must not freeze it again"
+        assert not model.blocks[2].mlp[0].bias.requires_grad
+        exact = torch.autograd.grad(model(x).sum(), model.blocks[0].mlp[0].weight)[0]
+        assert exact.any()
+
+
+def test_one_module_in_two_places_is_one_block_and_says_so():
+    model = Plain()
+    model.blocks[3] = model.blocks[1]
+    blocks = find_blocks(model, {"x": torch.randn(3, 8)})
+    assert [b.name for b in blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert any(n.startswith("blocks.3.") for n in blocks[1].shared)
+    assert find_blocks(model)[1].shared == blocks[1].shared
+
+
+class Banked(nn.Module):
+    """A residual block of a reference or a denoising network: writes its features to a bank, or reads them there."""
+
+    def __init__(self, bank: list, writes: bool) -> None:
+        super().__init__()
+        self.inner, self.proj, self.bank, self.writes = Residual(4), nn.Linear(4, 4), bank, writes
+
+    def forward(self, x):
+        if self.writes:
+            self.bank.append(self.proj(x) + x)
+            return self.inner(x)
+        return self.inner(x) + self.proj(self.bank.pop(0))
+
+
+class WithReference(nn.Module):
+    """Animate-Anyone in small: a reference network fills banks that the denoising network empties."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank: list = []
+        self.embed = nn.Linear(4, 4)
+        self.reference = nn.ModuleList(Banked(self.bank, True) for _ in range(2))
+        self.blocks = nn.ModuleList(Banked(self.bank, False) for _ in range(2))
+
+    def forward(self, x, reference):
+        for block in self.reference:
+            reference = block(reference)
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_blocks_that_fill_a_bank_are_refused_and_those_that_read_it_are_never_cut():
+    model = WithReference()
+    inputs = {"x": torch.randn(2, 4), "reference": torch.randn(2, 4)}
+    with torch.no_grad():
+        expected = model(**inputs)
+    blocks = find_blocks(model, inputs)
+    assert not model.bank, "the probe leaves nothing in it"
+    assert [b.name for b in blocks] == ["blocks.0", "blocks.1"]
+    assert all(b.outputs.reads for b in blocks)
+    assert torch.equal(model(**inputs), expected)
+
+    found = {}
+    model.embed.requires_grad_(False)
+    for mode in ("pass", "prefix", "bypass"):
+        set_active(blocks, [], frozen=mode)
+        outer = list(model.reference.parameters())
+        found[mode] = torch.autograd.grad(model(**inputs).square().sum(), outer, allow_unused=True)
+    assert any(g is not None for g in found["pass"])
+    for mode in ("prefix", "bypass"):
+        for exact, grad in zip(found["pass"], found[mode], strict=True):
+            assert (exact is None) == (grad is None)
+            assert exact is None or torch.equal(exact, grad)
+
+    writer = Block(0, "reference.0", model.reference[0])
+    with pytest.raises(ValueError, match="keeps features outside itself"), skip(writer):
+        model(**inputs)
+
+
+def test_text_weights_in_front_of_a_bypassed_last_block_get_no_gradient_rather_than_zeros():
+    model, inputs = build("FluxTransformer2DModel")
+    blocks = find_blocks(model, inputs)
+    set_active(blocks, blocks[:1], frozen="bypass")
+    first(model(**inputs)).square().sum().backward()
+    assert model.transformer_blocks[0].ff_context.net[2].weight.grad is None, "so no optimizer decays it"
+    assert model.transformer_blocks[0].ff.net[2].weight.grad.any()

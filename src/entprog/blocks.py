@@ -1,32 +1,18 @@
 """Blocks: the residual units of a model, found by structure and proven by a probe.
 
-A residual block computes y = x + f(x; parameters). With its parameters at zero f vanishes, so the block must return its
-own inputs bit for bit. `probe` runs a module that way (zeros of stride 0: no memory) and so learns three things at
-once: that leaving the block out is legal, which output is which input (Flux returns its two streams in the other order
-than it takes them), and that a third-party block behaves. No class names are consulted.
+Candidates are the elements of ModuleLists and Sequentials; `probe` decides which of them are residual. Parameters that
+are used outside the block they lie in (tied, or read by another part of the model) are seen on the way and named.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-Slot = tuple[str, int | None]  # argument name, and the position inside *args where the name is variadic
-
-
-@contextmanager
-def forked_rng(seed: int | None = None) -> Iterator[None]:
-    """Run with the random state set aside, optionally from a seed, and put it back afterwards."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
+from entprog.probe import Arguments, Outputs, Watch, forked_rng, probe
 
 
 @contextmanager
@@ -42,55 +28,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class Arguments:
-    """The arguments of one call of a module's forward, by slot."""
-
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        signature = inspect.signature(type(module).forward)
-        self.bound = signature.bind(module, *args, **kwargs)
-        self.kinds = {name: p.kind for name, p in signature.parameters.items()}
-        self.self_name = next(iter(signature.parameters))
-
-    def items(self) -> Iterator[tuple[Slot, Any]]:
-        """Yield (slot, value) for every argument but self."""
-        for name, value in self.bound.arguments.items():
-            if name == self.self_name:
-                continue
-            if self.kinds[name] is inspect.Parameter.VAR_POSITIONAL:
-                yield from (((name, i), v) for i, v in enumerate(value))
-            elif self.kinds[name] is inspect.Parameter.VAR_KEYWORD:
-                yield from (((k, None), v) for k, v in value.items())
-            else:
-                yield (name, None), value
-
-    def __getitem__(self, slot: Slot) -> Any:
-        return dict(self.items())[slot]
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Which argument each output of a residual block continues.
-
-    `slots` has one entry per output, None where the block returns None; `container` is `Tensor` for a bare tensor,
-    otherwise the sequence type.
-    """
-
-    slots: tuple[Slot | None, ...]
-    container: type
-
-    def identity(self, arguments: Arguments) -> Any:
-        """Return what the block would with its residual branch left out."""
-        return self.pack([None if slot is None else arguments[slot] for slot in self.slots])
-
-    def pack(self, values: list[Any]) -> Any:
-        """Put one value per output into the block's return form."""
-        return values[0] if self.container is Tensor else self.container(values)
-
-    def unpack(self, returned: Any) -> list[Any]:
-        """Take the block's return value apart, one value per output."""
-        return [returned] if self.container is Tensor else list(returned)
-
-
 @dataclass(eq=False)
 class Block:
     """One residual unit that can be named, frozen and run in a mode.
@@ -98,6 +35,11 @@ class Block:
     `outputs` is None until the probe has verified the block: by `find_blocks` when it is given an example, otherwise at
     the block's first use in a mode that needs it. `adapters` are parameters added inside the block that train whether
     it is frozen or not.
+
+    `shared` names what else uses the block's parameters: other names they are registered under (tied weights) and,
+    with an example, the modules outside the block that read them (DiT's head reads the first block's time embedding).
+    Skipping such a block leaves out its own calls only. Freezing it freezes the other use too, and a parameter that two
+    blocks hold trains when either of them does.
     """
 
     index: int
@@ -105,6 +47,7 @@ class Block:
     module: nn.Module
     outputs: Outputs | None = field(default=None, repr=False)
     adapters: list[nn.Parameter] = field(default_factory=list, repr=False)
+    shared: tuple[str, ...] = ()
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the block's own floating-point parameters, the only ones that freezing concerns."""
@@ -112,88 +55,69 @@ class Block:
         return [p for p in self.module.parameters() if p.is_floating_point() and id(p) not in added]
 
 
-def probe(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Outputs | None:
-    """Run `module` once with all parameters at zero; return its outputs' slots, or None if it is not residual.
+@dataclass(frozen=True)
+class _Element:
+    """A candidate: an element of a ModuleList or Sequential that has parameters and children.
 
-    Every floating-point argument is shifted by its own noise first, so that two arguments that happen to be equal (or
-    zero) cannot be taken for each other. A module that cannot run on zeros is not residual either.
+    `depth` counts the modules between the model and the list that are neither list elements nor containers: 0 for
+    `blocks.3`, 2 for `context_embedder.token_refiner.refiner_blocks.0`. A container is a module whose parameters all
+    sit in ModuleLists of its own, as in a UNet's down, mid and up blocks: it counts as a list itself.
     """
-    with torch.no_grad(), forked_rng(0):
 
-        def shifted(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return value + torch.rand_like(value)
-            return tuple(shifted(v) for v in value) if isinstance(value, tuple) else value
-
-        # tuples inside arguments (rotary pairs) are shifted too, which no block minds
-        new_args = tuple(shifted(a) for a in args)
-        new_kwargs = {k: shifted(v) for k, v in kwargs.items()}
-        zeros = {n: torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape) for n, p in
-                 module.named_parameters()}  # fmt: skip
-        try:
-            arguments = Arguments(module, new_args, new_kwargs)
-            returned = functional_call(module, zeros, new_args, new_kwargs)
-        except (RuntimeError, ValueError, TypeError, ZeroDivisionError):
-            return None
-    if isinstance(returned, Tensor):
-        container: type = Tensor
-        values = [returned]
-    elif type(returned) in (tuple, list):
-        container = type(returned)
-        values = list(returned)
-    else:
-        return None
-    streams = {slot: v for slot, v in arguments.items() if isinstance(v, Tensor)}
-    slots = [_origin(value, streams) for value in values]
-    if not any(slots) or any(slot == () for slot in slots):
-        return None
-    return Outputs(tuple(slots), container)  # type: ignore[arg-type]
+    depth: int
+    module: nn.Module
+    container: bool
 
 
-def _origin(value: Any, streams: dict[Slot, Tensor]) -> Slot | tuple[()] | None:
-    """Return the slot whose tensor `value` equals bit for bit, None for None, () for anything else."""
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        for slot, stream in streams.items():
-            if stream.shape == value.shape and stream.dtype == value.dtype and torch.equal(stream, value):
-                return slot
-    return ()
+def _is_container(module: nn.Module) -> bool:
+    parts = [c for c in module.children() if any(True for _ in c.parameters())]
+    own = any(True for _ in module.parameters(recurse=False))
+    return bool(parts) and not own and all(isinstance(c, nn.ModuleList) for c in parts)
 
 
-def _list_elements(model: nn.Module) -> dict[str, tuple[int, nn.Module]]:
-    """Name -> (depth, module) of every element of a ModuleList or Sequential that has parameters and children.
-
-    Depth counts the modules between the model and the list that are not themselves list elements: 0 for `blocks.3`, 2
-    for `context_embedder.token_refiner.refiner_blocks.0`.
-    """
-    found: dict[str, tuple[int, nn.Module]] = {}
+def _elements(model: nn.Module) -> dict[str, _Element]:
+    """Return the candidates by name, in the order they are registered; of a module with two names, the first."""
+    found: dict[str, _Element] = {}
     seen: set[int] = set()
 
     def visit(module: nn.Module, prefix: str, depth: int) -> None:
         is_list = isinstance(module, nn.ModuleList | nn.Sequential)
         for name, child in module.named_children():
-            full = f"{prefix}{name}"
+            full, container = f"{prefix}{name}", _is_container(child)
             has_parts = any(True for _ in child.children()) and any(True for _ in child.parameters())
             if is_list and has_parts and id(child) not in seen:
                 seen.add(id(child))
-                found[full] = (depth, child)
-            child_is_list = isinstance(child, nn.ModuleList | nn.Sequential)
-            visit(child, f"{full}.", depth + (0 if child_is_list or is_list else 1))
+                found[full] = _Element(depth, child, container)
+            flat = is_list or container or isinstance(child, nn.ModuleList | nn.Sequential)
+            visit(child, f"{full}.", depth + (0 if flat else 1))
 
     visit(model, "", 0)
     return found
 
 
-def _no_blocks(model: nn.Module, refused: list[str]) -> ValueError:
+def _shallowest(elements: Mapping[str, _Element], names: Iterable[str]) -> list[str]:
+    """Of candidates nested in each other keep the outer one, or a container's parts; of several depths the least."""
+    names = list(names)
+    names = [n for n in names if not (elements[n].container and any(m.startswith(f"{n}.") for m in names))]
+    names = [n for n in names if not any(n.startswith(f"{m}.") for m in names)]
+    return [n for n in names if elements[n].depth == min(elements[m].depth for m in names)]
+
+
+def _several_layers(module: nn.Module) -> bool:
+    layers = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
+    return len(layers) > 1
+
+
+def _no_blocks(model: nn.Module, refused: Mapping[str, str]) -> ValueError:
     lists = [
         f"{name} ({len(m)} x {type(m[0]).__name__})"
         for name, m in model.named_modules()
         if isinstance(m, nn.ModuleList) and len(m)
     ]
+    reasons = [f"{name}: {reason}" for name, reason in refused.items()]
     return ValueError(
         f"no residual blocks found in {type(model).__name__}. ModuleLists seen: {lists or 'none'}; elements that the "
-        f"probe refused: {refused or 'none'}. A block must be an element of a ModuleList or Sequential and return its "
+        f"probe refused: {reasons or 'none'}. A block must be an element of a ModuleList or Sequential and return its "
         "own inputs when its parameters are zero."
     )
 
@@ -203,63 +127,108 @@ def find_blocks(model: nn.Module, example: Mapping[str, Any] | None = None) -> l
 
     Candidates are the elements of ModuleLists and Sequentials. With `example`, a dict of forward inputs, the model runs
     once, every candidate is probed at its first call and only verified blocks are returned, in the order they ran.
-    Without it the outermost lists are taken as registered, and each block is verified at its first use. Of nested hits
-    the outermost counts, and of several depths the shallowest: a text refiner inside an embedder is not a block.
+    Without it the outermost lists are taken as registered (a UNet registers its mid block last), elements of a single
+    layer left out, and each block is verified at its first use. Of nested hits the outermost counts, and of several
+    depths the shallowest: a text refiner inside an embedder is not a block. A module whose parameters all sit in
+    ModuleLists (a UNet's down, mid and up blocks) counts as a list: its parts are the blocks, where they are residual.
 
-    ValueError if there are none, with the lists that were seen.
+    ValueError if there are none, with the lists that were seen and why each candidate was refused.
     """
-    elements = _list_elements(model)
+    elements = _elements(model)
+    found: Mapping[str, Outputs | None]
     if example is None:
-        names = _outermost(list(elements))
-        hits: list[tuple[str, Outputs | None]] = [
-            (n, None) for n in names if elements[n][0] == min(elements[m][0] for m in names)
-        ]
-        refused: list[str] = []
+        refused: dict[str, str] = {}
+        uses: list[tuple[set[int], tuple[str, ...]]] = []
+        candidates = {n: e for n, e in elements.items() if _several_layers(e.module)} or elements
+        found = dict.fromkeys(_shallowest(candidates, candidates))
     else:
-        hits, refused = _probe_all(model, {n: m for n, (_, m) in elements.items()}, example)
-        hits = [(n, out) for n, out in hits if elements[n][0] == min(elements[m][0] for m, _ in hits)]
-    if not hits:
+        found, refused, uses = _probe_all(model, elements, example)
+    if not found:
         raise _no_blocks(model, refused)
-    return [Block(i, name, elements[name][1], outputs) for i, (name, outputs) in enumerate(hits)]
+    names = _shallowest(elements, found)
+    shared = _shared(model, {n: elements[n].module for n in names}, uses)
+    return [Block(i, n, elements[n].module, found[n], shared=shared[n]) for i, n in enumerate(names)]
 
 
-def _outermost(names: list[str]) -> list[str]:
-    return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+def _shared(
+    model: nn.Module, blocks: Mapping[str, nn.Module], uses: Sequence[tuple[set[int], tuple[str, ...]]]
+) -> dict[str, tuple[str, ...]]:
+    """Block name -> what else uses its parameters. uses: (ids of parameters, names of the modules running then)."""
+    named = [(n, id(p)) for n, p in model.named_parameters(remove_duplicate=False)]
+
+    def of(name: str, module: nn.Module) -> tuple[str, ...]:
+        own = {id(p) for p in module.parameters()}
+        users = [n for n, i in named if i in own and not n.startswith(f"{name}.")]
+        for taken, running in uses:
+            if own & taken and name not in running:
+                holder = next((n for n in running if n in blocks), None)  # another block, or the innermost module
+                users.append(holder or (running[-1] if running else type(model).__name__))
+        return tuple(dict.fromkeys(users))
+
+    return {name: of(name, module) for name, module in blocks.items()}
 
 
 def _probe_all(
-    model: nn.Module, candidates: dict[str, nn.Module], example: Mapping[str, Any]
-) -> tuple[list[tuple[str, Outputs | None]], list[str]]:
-    """Run the model once and probe each candidate at its first call: (verified in order, refused)."""
-    verified: dict[str, Outputs | None] = {}
-    refused: list[str] = []
-    probing = False
+    model: nn.Module, elements: Mapping[str, _Element], example: Mapping[str, Any]
+) -> tuple[dict[str, Outputs], dict[str, str], list[tuple[set[int], tuple[str, ...]]]]:
+    """Run the model once and probe each candidate at its first call.
 
-    def hook_for(name: str) -> Any:
+    Returns the verified in the order they ran, the refused with the reason, and which parameters were used with which
+    modules running (outermost first).
+    """
+    verified: dict[str, Outputs] = {}
+    refused: dict[str, str] = {}
+    running: list[str] = []
+    parameters = {id(p) for p in model.parameters()}
+    uses: dict[tuple[str, ...], set[int]] = {}
+
+    def on_use(tensors: list[Tensor]) -> None:
+        if taken := {id(t) for t in tensors} & parameters:
+            uses.setdefault(tuple(running), set()).update(taken)
+
+    watch = Watch((), (), on_use)
+
+    def try_candidate(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inside = any(name.startswith(f"{v}.") and not elements[v].container for v in verified)
+        if watch.paused or name in verified or name in refused or inside:
+            return
+        watch.paused = True
+        try:
+            outputs = probe(elements[name].module, args, kwargs)
+        finally:
+            watch.paused = False
+        if isinstance(outputs, str):
+            refused[name] = outputs
+        else:
+            verified[name] = outputs
+
+    def enter(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal probing
-            if probing or name in verified or name in refused or any(name.startswith(f"{v}.") for v in verified):
-                return
-            probing = True
-            try:
-                outputs = probe(module, args, kwargs)
-            finally:
-                probing = False
-            if outputs is None:
-                refused.append(name)
-            else:
-                verified[name] = outputs
+            if name in elements:
+                try_candidate(name, args, kwargs)
+            running.append(name)
 
         return hook
 
-    handles = [m.register_forward_pre_hook(hook_for(n), with_kwargs=True) for n, m in candidates.items()]
+    def leave(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if running and running[-1] == name:
+                running.pop()
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if module is not model:
+            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave(name), always_call=True))
     try:
-        with forked_rng(0), evaluating(model):
+        with forked_rng(0), evaluating(model), watch:
             model(**example)
     finally:
         for handle in handles:
             handle.remove()
-    return list(verified.items()), refused
+    return verified, refused, [(taken, names) for names, taken in uses.items()]
 
 
 def record_example(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:

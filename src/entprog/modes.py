@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from entprog.blocks import Arguments, Block, Outputs, by_name, evaluating, first_tensor, forked_rng, probe
+from entprog.blocks import Block, by_name, evaluating, first_tensor
+from entprog.probe import Arguments, Outputs, forked_rng, probe
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Predict = Callable[[nn.Module, Any], Tensor]
@@ -68,6 +69,8 @@ def _prefix(module: nn.Module, run: _Run, args: tuple[Any, ...], kwargs: dict[st
     needed = any(isinstance(v, Tensor) and v.requires_grad for v in tree_leaves((args, kwargs)))
     if needed or _trains(module) or not torch.is_grad_enabled():
         return _normal(module, run, args, kwargs)
+    if _verified(module, run, args, kwargs).reads:
+        return _normal(module, run, args, kwargs)
     with torch.no_grad():
         return _normal(module, run, args, kwargs)
 
@@ -89,13 +92,15 @@ def _bypass(module: nn.Module, run: _Run, args: tuple[Any, ...], kwargs: dict[st
     if not torch.is_grad_enabled() or _trains(module):
         return _normal(module, run, args, kwargs)
     outputs = _verified(module, run, args, kwargs)
+    if outputs.reads:  # what was read may need a gradient, and nobody can tell
+        return _normal(module, run, args, kwargs)
     with torch.no_grad():  # never inference_mode: its tensors may not enter autograd later
         returned = _normal(module, run, args, kwargs)
     arguments = Arguments(module, args, kwargs)
     values = outputs.unpack(returned)
-    for i, slot in enumerate(outputs.slots):
-        if slot is not None and arguments[slot].requires_grad:
-            values[i] = _StraightThrough.apply(arguments[slot], values[i])
+    for i, base in enumerate(outputs.bases(arguments)):
+        if isinstance(base, Tensor) and base.requires_grad:
+            values[i] = _StraightThrough.apply(base, values[i])
     return outputs.pack(values)
 
 
@@ -122,15 +127,15 @@ def _verified(module: nn.Module, run: _Run, args: tuple[Any, ...], kwargs: dict[
     if run.block.outputs is None:
         mode, run.mode = run.mode, "train"  # the probe calls the module, and must not come back here
         try:
-            run.block.outputs = probe(module, args, kwargs)
+            outputs = probe(module, args, kwargs)
         finally:
             run.mode = mode
-        if run.block.outputs is None:
+        if isinstance(outputs, str):
             raise ValueError(
-                f"block {run.block.name} ({type(module).__name__}) is not residual: with parameters at zero it does "
-                f"not return its inputs, so it cannot run in mode {mode!r}. Pass an example to find_blocks to leave "
-                "such modules out."
+                f"block {run.block.name} ({type(module).__name__}) is not residual and cannot run in mode {mode!r}: "
+                f"{outputs}. Pass an example to find_blocks to leave such modules out."
             )
+        run.block.outputs = outputs
     return run.block.outputs
 
 
@@ -211,19 +216,19 @@ def set_active(blocks: Sequence[Block], active: Iterable[Any], frozen: str | Map
         raise ValueError(
             f"frozen blocks cannot run in mode {wrong}: choose one of {[m for m in MODES if m != 'train']}"
         )
+    training = {id(p) for b in trained for p in b.parameters()}  # blocks may share parameters: then either trains them
     for block in blocks:
-        wanted = block in trained
         for p in block.parameters():
+            wanted = id(p) in training
             if p.requires_grad != wanted and p.grad is not None:
                 raise RuntimeError(
                     f"block {block.name} would be {'unfrozen' if wanted else 'frozen'} with a gradient pending: call "
                     "optimizer.step() and zero_grad(set_to_none=True) first, and never inside an accumulation window"
                 )
     for block in blocks:
-        wanted = block in trained
         for p in block.parameters():
-            p.requires_grad_(wanted)
-        set_mode(block, "train" if wanted else modes.get(block.name, "pass"))
+            p.requires_grad_(id(p) in training)
+        set_mode(block, "train" if block in trained else modes.get(block.name, "pass"))
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from entprog.measure import (
 )
 from entprog.modes import LossFn, Predict, choose_bypass, choose_skips, mode_of, predict_by_loss, running, set_active
 from entprog.priority import agreement, score
-from entprog.schedule import SCHEDULES, Candidate, at_least_one, block_modes, block_sets
+from entprog.schedule import SCHEDULES, Candidate, at_least_one, block_modes, block_sets, block_sizes
 from entprog.strategy import Progressive, ent_prog
 from entprog.supernet import SEARCHES, TIMING_STEPS, BatchStream, SearchResult, Snapshot
 
@@ -201,9 +201,9 @@ class EntProg:
         previous = self.candidate
         if stage == 0 or self.candidate is None:
             self.switch(Candidate(len(self.candidates)))  # modes are defined from here on
-        schedule = SCHEDULES[self.settings.schedule]
+        schedule, sizes = SCHEDULES[self.settings.schedule], block_sizes(self.blocks, self._ranking(trainable=True))
         with self.ledger("search"):
-            chosen = schedule(stage, self.settings.stages, len(self.candidates), self.settings, previous, self._search)
+            chosen = schedule(stage, self.settings.stages, sizes, self.settings, previous, self._search)
         self._enter(chosen, progress, reason="stage")
 
     def _rank(self, progress: float) -> None:
@@ -266,10 +266,11 @@ class EntProg:
     def _sets(self, candidate: Candidate) -> tuple[list[str], list[str]]:
         return block_sets(candidate, self._ranking(), self.skip_order)
 
-    def _ranking(self) -> list[str]:
-        """All blocks, best first, those that may never train behind those that may."""
+    def _ranking(self, trainable: bool = False) -> list[str]:
+        """All blocks, best first, those that may never train behind those that may, or left out."""
         ranking = self.scores.ranking if self.scores else [b.name for b in self.blocks]
-        return sorted(ranking, key=lambda name: name not in self.candidates)
+        ranking = sorted(ranking, key=lambda name: name not in self.candidates)
+        return ranking[: len(self.candidates)] if trainable else ranking
 
     def switch(self, candidate: Candidate) -> None:
         """Run the blocks as a candidate says (Trial), with the bypass set its fidelity allows."""
@@ -327,13 +328,12 @@ class EntProg:
 
     def _search(self, options: Sequence[Candidate]) -> Candidate:
         """Ask the supernet which candidate pays most; the linear schedule's when it cannot be afforded."""
-        settings, count = self.settings, len(self.candidates)
-        seconds = self._search_seconds()
-        result = None
+        settings, seconds, result = self.settings, self._search_seconds(), None
         if len(options) > 1:
             result = SEARCHES[settings.search](self, options, seconds)
         if result is None:
-            m = at_least_one((self.stage + 1) / settings.stages, count)
+            sizes = block_sizes(self.blocks, self._ranking(trainable=True))
+            m = at_least_one((self.stage + 1) / settings.stages, sizes)
             chosen = min(options, key=lambda c: (abs(c.active - m), c.skipped))
             result = SearchResult(settings.search, chosen, 0)
             result.note = "search unaffordable" if len(options) > 1 else "one candidate"

@@ -3,15 +3,23 @@
 A schedule is called at the start of a stage as (stage, stages, count, settings, previous, search) and returns a
 Candidate. `fixed` and `linear` are functions of the stage; `adaptive` builds the candidates and asks `search`, which
 trains them from the present weights and returns the one that paid (supernet.py).
+
+A share of the blocks is a share of their parameters: HunyuanVideo's and Flux's double blocks are 2.4 times as large as
+single ones. `count` is therefore the ranked blocks' sizes, best first; a plain number stands for so many equal blocks.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
+
+from entprog.blocks import Block
 
 if TYPE_CHECKING:
     from entprog.strategy import Progressive
+
+Sizes = int | Sequence[int]  # of the blocks that may train, in the order of the ranking; a number: so many equal ones
 
 
 @dataclass(frozen=True, order=True)
@@ -23,38 +31,63 @@ class Candidate:
 
 
 Search = Callable[[Sequence[Candidate]], Candidate]
-Schedule = Callable[[int, int, int, "Progressive", Candidate | None, Search], Candidate]
+Schedule = Callable[[int, int, Sizes, "Progressive", Candidate | None, Search], Candidate]
 
 
-def at_least_one(share: float, count: int) -> int:
-    """Return round(share * count), between 1 and count."""
-    return min(count, max(1, round(share * count)))
+def block_sizes(blocks: Sequence[Block], names: Sequence[str]) -> list[int]:
+    """Return the named blocks' numbers of parameters, in the order of the names."""
+    sizes = {b.name: sum(p.numel() for p in b.parameters()) for b in blocks}
+    return [sizes[name] for name in names]
+
+
+def number(count: Sizes) -> int:
+    """Return how many blocks there are."""
+    return count if isinstance(count, int) else len(count)
+
+
+def at_least_one(share: float, count: Sizes) -> int:
+    """Return how many blocks, best first, come nearest to a share of the parameters; at least 1.
+
+    That is round(share * L) clipped to 1 .. L where all are of one size; ties go to the even number, as in round().
+    """
+    if isinstance(count, int) or len(set(count)) == 1:
+        return min(number(count), max(1, round(share * number(count))))
+    total, sums = sum(count), list(accumulate(count))
+    return min(range(1, len(count) + 1), key=lambda n: (abs(sums[n - 1] - share * total), n % 2))
+
+
+def at_most(share: float, count: Sizes) -> int:
+    """Return how many blocks, worst first, hold no more than a share of the parameters; floor(share * L) if equal."""
+    if isinstance(count, int) or len(set(count)) == 1:
+        return math.floor(share * number(count))
+    total = sum(count)
+    return sum(held <= share * total for held in accumulate(reversed(count)))
 
 
 def fixed(
-    stage: int, stages: int, count: int, settings: "Progressive", previous: Candidate | None, search: Search
+    stage: int, stages: int, count: Sizes, settings: "Progressive", previous: Candidate | None, search: Search
 ) -> Candidate:
     """Return the same share of the blocks in every stage, settings.active_share."""
     active = at_least_one(settings.active_share, count)
-    return Candidate(active, min(count - active, math.floor(settings.skip * count)))
+    return Candidate(active, min(number(count) - active, at_most(settings.skip, count)))
 
 
 def linear(
-    stage: int, stages: int, count: int, settings: "Progressive", previous: Candidate | None, search: Search
+    stage: int, stages: int, count: Sizes, settings: "Progressive", previous: Candidate | None, search: Search
 ) -> Candidate:
     """Return m_k = L * k / K trainable blocks in stage k = 1 .. K (Ent-Prog's ablation "without adaptive")."""
     active = at_least_one((stage + 1) / stages, count)
-    return Candidate(active, min(count - active, math.floor(settings.skip * count)))
+    return Candidate(active, min(number(count) - active, at_most(settings.skip, count)))
 
 
 def adaptive(
-    stage: int, stages: int, count: int, settings: "Progressive", previous: Candidate | None, search: Search
+    stage: int, stages: int, count: Sizes, settings: "Progressive", previous: Candidate | None, search: Search
 ) -> Candidate:
     """Return the candidate that the nested supernet finds to pay most per second."""
     return search(candidates(count, settings, previous))
 
 
-def candidates(count: int, settings: "Progressive", previous: Candidate | None) -> list[Candidate]:
+def candidates(count: Sizes, settings: "Progressive", previous: Candidate | None) -> list[Candidate]:
     """List what a stage may choose from: m on {L/8, L/4, L/2, 3L/4, L} and skipped counts on {0, L/4, L/2}.
 
     m never shrinks and the number skipped never grows from stage to stage, and staying is allowed; nothing is skipped
@@ -62,12 +95,12 @@ def candidates(count: int, settings: "Progressive", previous: Candidate | None) 
     """
     grid = {at_least_one(share, count) for share in settings.grid}
     least = 1 if previous is None else previous.active
-    most_skipped = math.floor(settings.skip * count)
+    most_skipped = at_most(settings.skip, count)
     if previous is not None:
         grid.add(previous.active)
         most_skipped = min(most_skipped, previous.skipped)
-    skips = {0, most_skipped} | {s for s in (count // 4, count // 2) if s <= most_skipped}
-    return sorted(Candidate(m, s) for m in grid for s in skips if m >= least and m + s <= count)
+    skips = {0, most_skipped} | {s for s in (at_most(0.25, count), at_most(0.5, count)) if s <= most_skipped}
+    return sorted(Candidate(m, s) for m in grid for s in skips if m >= least and m + s <= number(count))
 
 
 SCHEDULES: dict[str, Schedule] = {"fixed": fixed, "linear": linear, "adaptive": adaptive}
