@@ -3,6 +3,7 @@
 from entprog.blocks import Block, find_blocks
 from entprog.cei import Scores, Stop
 from entprog.modes import fidelity, set_active, skip
+from entprog.plan import cost_aware, plan
 from entprog.plugin import EntProg
 from entprog.priority import score
 from entprog.schedule import Candidate
@@ -17,8 +18,10 @@ __all__ = [
     "Progressive",
     "Scores",
     "Stop",
+    "cost_aware",
     "fidelity",
     "find_blocks",
+    "plan",
     "score",
     "set_active",
     "skip",

@@ -1,4 +1,4 @@
-"""The command line: entprog demo | prepare | score | train | sample | evaluate | export | report.
+"""The command line: entprog demo | prepare | score | plan | train | sample | evaluate | export | report.
 
 Exit codes: 0 done, 1 failed, 2 bad input.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from rich.table import Table
 
+from entprog.cli_plan import add_plan
 from entprog.cli_prepare import add_prepare
 from entprog.config import load_config, make_config
 from entprog.tables import console, evaluation_table, progress_bar, results_table
@@ -288,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
                        "musubi-tuner, diffsynth, videox-fun")  # fmt: skip
     score.add_argument("--top", type=int, help="how many blocks to export (default: a quarter)")
     score.set_defaults(function=_score)
+    add_plan(commands)
     sample = commands.add_parser("sample", help="draw a trained run's held-out clips into an mp4")
     sample.add_argument("run", help="run folder")
     sample.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data=DIR num_inference_steps=50")

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from entprog.plan import Plan, Setting
 
 console = Console()
 
@@ -101,4 +104,40 @@ def evaluation_table(result: dict[str, Any]) -> Table:
         table.add_row(escape(name), *(f"{c['mean']:.4g}" if c and c["mean"] is not None else "-" for c in cells))
     distances = [(row.get("fvd") or {}).get("value") for row in rows.values()]
     table.add_row("fvd", *(f"{value:.4g}" if value is not None else "-" for value in distances))
+    return table
+
+
+def plan_table(plan: "Plan", memory: int | None = None) -> Table:
+    """One line a setting: its peak by the precision of frozen weights, its step against full training's and LoRA's.
+
+    What fits `memory` is green.
+    """
+    inputs = " x ".join(str(n) for n in next(iter(plan.assumptions["inputs"].values())))
+    table = Table(title=f"{plan.model}: {plan.parameters / 1e9:.2f} B parameters, {len(plan.blocks)} blocks, {inputs}")
+    columns = ["train", "others", "ckpt", "GiB bf16", "int8, fp8", "cpu", "step / full", "/ LoRA"]
+    timed = plan.reference.seconds is not None
+    for column in columns + ["h / 1000 steps"] * timed:
+        table.add_column(column, justify="left" if column in columns[:3] else "right")
+
+    def size(s: "Setting | None") -> str:
+        if s is None:
+            return ""
+        text = f"{s.peak / 2**30:.1f}"
+        return f"[green]{text}[/]" if memory is not None and s.peak <= memory else text
+
+    rows: dict[Any, dict[str, Setting]] = {}
+    for s in plan.settings:
+        rows.setdefault((s.checkpointing, s.method, s.active, s.mode), {})[s.frozen] = s
+    for (again, method, active, mode), found in rows.items():
+        s = found["bf16"]
+        rank = plan.assumptions["lora_rank"]
+        name = {"full": "all", "lora": f"LoRA r{rank}"}.get(method, f"{active} of {len(plan.blocks)}")
+        cells = [name, mode if method == "ent-prog" else "", "yes" if again else "no"]
+        cells += [size(found.get(p)) for p in ("bf16", "int8", "cpu")]
+        cells += [f"{s.flops / plan.reference.flops:.2f}", f"{s.flops / plan.lora.flops:.2f}"]
+        table.add_row(*cells, *[f"{1000 * s.seconds / 3600:.2f}"] * timed if s.seconds else [])
+    state = f"{plan.assumptions['optimizer']}{', float32 master copies' if plan.assumptions['master'] else ''}"
+    table.caption = (
+        f"{state}; trainable blocks {plan.assumptions['active']}; steps by FLOPs, allocator slack not included"
+    )
     return table
