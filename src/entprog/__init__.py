@@ -3,6 +3,7 @@
 from entprog.blocks import Block, find_blocks
 from entprog.cei import Scores, Stop
 from entprog.modes import fidelity, set_active, skip
+from entprog.parallel import data_parallel, fully_sharded
 from entprog.plan import cost_aware, plan
 from entprog.plugin import EntProg
 from entprog.priority import score
@@ -19,8 +20,10 @@ __all__ = [
     "Scores",
     "Stop",
     "cost_aware",
+    "data_parallel",
     "fidelity",
     "find_blocks",
+    "fully_sharded",
     "plan",
     "score",
     "set_active",

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from entprog.blocks import Block, evaluating, find_blocks, record_example
@@ -170,21 +171,28 @@ def save_samples(folder: Path, drawn: Tensor, truth: Tensor, clips: Batch, fps: 
 
 
 def train_run(config: RunConfig, out: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
-    """Do one run from configuration to results: load, train (or resume), sample, measure. Returns results.json."""
+    """Do one run from configuration to results: load, train (or resume), sample, measure. Returns results.json.
+
+    In several processes rank 0 alone samples and writes, and the others return without samples.
+    """
     check_same(config, out)
     finished = out / "results.json"
+    PartialState().wait_for_everyone()  # all look before one writes
     if finished.exists() and "metrics" in (done := json.loads(finished.read_text())):
         return done
     say = on_progress or (lambda info: None)
     say({"message": "loading data"})
     encodes = config.autoencoder or is_pipeline(config.model)
     encoding = {"message": "encoding clips that are not cached yet" if encodes else "reading"}
-    data, errors = load_data(config, "train", lambda share: say(encoding))
-    held_out, more = load_data(config, "test", lambda share: say(encoding))
+    with PartialState().main_process_first():  # which makes what is cached beside the data
+        data, errors = load_data(config, "train", lambda share: say(encoding))
+        held_out, more = load_data(config, "test", lambda share: say(encoding))
     trainer = Trainer(config, model_of(config), data, held_out, out, on_progress)
-    if errors or more:
+    if trainer.writes and (errors or more):
         (out / "data_errors.json").write_text(json.dumps(errors + more, indent=1) + "\n")
     results = trainer.run()
+    if not trainer.writes:
+        return results
     if config.samples and len(held_out["video"]):
         say({"message": "sampling"})
         with trainer.ledger("sampling"):

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprog.blocks import Block, evaluating, forked_rng
+from entprog.blocks import Block, evaluating
 from entprog.modes import Predict, running, set_mode, skip
+from entprog.parallel import in_step, joined, own_noise
 
 Compare = Callable[[Tensor, Tensor], Tensor]  # (full, skipped) predictions (B, ...) -> (B,)
 Times = Callable[[Any], Tensor]
@@ -140,7 +141,7 @@ def plain_predictions(
     """Predict with the whole model, then with each block skipped: the slow, obvious way the other is tested against."""
 
     def run() -> Tensor:
-        with forked_rng(0):
+        with own_noise(model, 0):
             return predict(model, batch)
 
     def skips() -> Iterator[tuple[Block, Tensor]]:
@@ -172,7 +173,7 @@ def suffix_predictions(
 
     handles = [b.module.register_forward_hook(recorder(b)) for b in blocks]
     try:
-        with forked_rng(0):
+        with own_noise(model, 0):
             full = predict(model, batch)
     finally:
         for handle in handles:
@@ -186,7 +187,7 @@ def suffix_predictions(
             for block in order[:-1]:
                 set_mode(block, "replay", replayed=recorded[block.name][0])
             for block in reversed(order):
-                with skip(block), forked_rng(0):
+                with skip(block), own_noise(model, 0):
                     prediction = predict(model, batch)
                 set_mode(block, "train")
                 recorded.pop(block.name)
@@ -282,23 +283,23 @@ def by_skipping(
 
     `predict(model, batch)` returns the raw prediction (B, ...); what it draws at random is the same with and without
     the block. `t(batch)` gives each sample's time for the per-tau scores. With `stop`, batches are left over once the
-    top-m sets in it are stable.
+    top-m sets in it are stable. Several processes score batches of their own; all get the scores of all samples.
     """
     columns = {b.name: i for i, b in enumerate(blocks)}
     values, changes, times = [], [], []
     stopped = False
     with evaluating(model), running(blocks, "train"):
-        for batch in batches:
+        for batch in in_step(model, batches):
             full, skips = predictions(model, blocks, predict, batch)
             rows = torch.empty(len(full), len(blocks))
             change = torch.empty(len(full), len(blocks))
             for block, skipped in skips:
                 rows[:, columns[block.name]] = compare(full, skipped).float().cpu()
                 change[:, columns[block.name]] = relative_change(full, skipped).cpu()
-            values.append(rows)
-            changes.append(change)
+            values.append(joined(model, rows))
+            changes.append(joined(model, change))
             if t is not None:
-                times.append(t(batch).float().cpu())
+                times.append(joined(model, t(batch).float().cpu()))
             if stop is not None and top_stable(torch.cat(values), stop):
                 stopped = True
                 break

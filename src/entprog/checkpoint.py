@@ -12,8 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from entprog.cei import Scores
 from entprog.frozen import value_of
@@ -97,3 +98,23 @@ def load_checkpoint(folder: Path, device: str) -> tuple[dict[str, Any], dict[str
         return None
     state = json.loads((found[-1] / "state.json").read_text())
     return state, load_file(found[-1] / "state.safetensors", device=device)
+
+
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Name what training changes: `model.NAME` and `optimizer.NAME.KEY` for the parameters' names."""
+    names: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
+    tensors: dict[str, Tensor] = {f"model.{n}": p for p, n in names.items()}
+    for p, state in optimizer.state.items():
+        tensors |= {f"optimizer.{names[p]}.{k}": v for k, v in state.items()}
+    return tensors
+
+
+def put_back(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Set weights, in place, and optimizer state to what `named_state` named."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(tensors[f"model.{name}"])
+            prefix = f"optimizer.{name}."
+            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if own:
+                optimizer.state[p] = own

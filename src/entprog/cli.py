@@ -80,6 +80,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     console.print(f"evaluation: {out}")
 
 
+def _one_process_only() -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            "only `entprog train` of one configuration runs in several processes: start this without torchrun or "
+            "accelerate launch, and train the phases of a recipe as configurations of their own"
+        )
+
+
 def _train(args: argparse.Namespace) -> None:
     from entprog.recipe import is_recipe
 
@@ -91,11 +99,14 @@ def _train(args: argparse.Namespace) -> None:
         console.print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
         return
     from entprog.bench import train_run
+    from entprog.parallel import rank
     from entprog.report import write_report
 
     out = Path(args.out)
     with progress_bar() as show:
         results = train_run(config, out, lambda info: show(info | {"run": config.strategy}))
+    if rank():
+        return
     console.print(results_table({config.strategy: results}))
     if (out / "data_errors.json").exists():
         console.print(f"[yellow]some clips could not be read: see {out / 'data_errors.json'}")
@@ -106,6 +117,7 @@ def _train_recipe(args: argparse.Namespace) -> None:
     from entprog.recipe import load_recipe, run_recipe
     from entprog.report import write_report
 
+    _one_process_only()
     recipe, out = load_recipe(args.config, args.overrides), Path(args.out)
     if args.dry_run:
         console.print(yaml.safe_dump(asdict(recipe), sort_keys=False), end="")
@@ -323,7 +335,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.command == "score" and args.config and "=" in args.config:
         args.config, args.overrides = None, [args.config, *args.overrides]
+    console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one talks
     try:
+        if args.command != "train":
+            _one_process_only()
         args.function(args)
     except (ValueError, FileNotFoundError) as error:
         console.print(f"[red]entprog {args.command}: {error}", style=None, markup=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from entprog import parallel
 from entprog.blocks import Block, evaluating, forked_rng
 from entprog.frozen import weight_bytes
 from entprog.modes import LossFn, running
@@ -104,7 +105,7 @@ def saved_bytes(ignore: Sequence[Tensor] = ()) -> Iterator[Callable[[], int]]:
     so activation checkpointing shows.
     """
     held: weakref.WeakSet[_Held] = weakref.WeakSet()
-    ignored = {t.untyped_storage().data_ptr() for t in ignore}
+    ignored = {parallel.local(t).untyped_storage().data_ptr() for t in ignore}
 
     def pack(tensor: Tensor) -> _Held:
         wrapper = _Held(tensor)
@@ -120,8 +121,8 @@ def saved_bytes(ignore: Sequence[Tensor] = ()) -> Iterator[Callable[[], int]]:
 
 
 def tensor_bytes(tensors: Any) -> int:
-    """Sum the bytes of an iterable of tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Sum the bytes of an iterable of tensors; of sharded ones this rank's part."""
+    return sum(t.numel() * t.element_size() for t in map(parallel.local, tensors))
 
 
 def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, activations: int) -> int:
@@ -207,10 +208,14 @@ class StepCost:
 
 
 def held_out_losses(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> Tensor:
-    """Return the losses of fixed batches, (n,): eval mode, the i-th batch's noise from seed i."""
-    values = []
+    """Return the losses of fixed batches, (n,): eval mode, the i-th batch's noise from seed i.
+
+    Several processes share the work, batch by batch; give all of them the same batches.
+    """
+
+    def losses(i: int, batch: Any) -> Tensor:
+        with forked_rng(i):
+            return loss_fn(model, batch).detach().float().reshape(-1).cpu()
+
     with evaluating(model):
-        for i, batch in enumerate(batches):
-            with forked_rng(i):
-                values.append(loss_fn(model, batch).detach().float().reshape(-1).cpu())
-    return torch.cat(values)
+        return torch.cat(parallel.spread(model, batches, losses))

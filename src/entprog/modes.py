@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from entprog import parallel
 from entprog.blocks import Block, by_name, evaluating, first_tensor
-from entprog.probe import Arguments, Outputs, forked_rng, probe
+from entprog.probe import Arguments, Outputs, probe
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Predict = Callable[[nn.Module, Any], Tensor]
@@ -89,7 +90,9 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _bypass(module: nn.Module, run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not torch.is_grad_enabled() or _trains(module):
+    trains = _trains(module)
+    parallel.gather_in_backward(module, trains or not _weightless(run.block))
+    if not torch.is_grad_enabled() or trains:
         return _normal(module, run, args, kwargs)
     outputs = _verified(module, run, args, kwargs)
     if outputs.reads:  # what was read may need a gradient, and nobody can tell
@@ -102,6 +105,11 @@ def _bypass(module: nn.Module, run: _Run, args: tuple[Any, ...], kwargs: dict[st
         if isinstance(base, Tensor) and base.requires_grad:
             values[i] = _StraightThrough.apply(base, values[i])
     return outputs.pack(values)
+
+
+def _weightless(block: Block) -> bool:
+    """Return whether what is left of the block without its branch needs none of its weights."""
+    return block.outputs is not None and block.outputs.shortcut is None and not block.outputs.reads
 
 
 def _skip(module: nn.Module, run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,6 +168,8 @@ def set_mode(block: Block, mode: str, replayed: Any = None) -> None:
     if mode not in MODES and mode not in _INTERNAL:
         raise ValueError(f"mode {mode!r} is unknown: choose one of {list(MODES)}")
     module = block.module
+    parallel.gather_in_forward(module, not (mode == "replay" or (mode == "skip" and _weightless(block))))
+    parallel.gather_in_backward(module, True)
     run: _Run | None = vars(module).get("_entprog_run")
     if mode in ("train", "pass"):
         if run is not None:
@@ -246,17 +256,15 @@ def preserved(model: nn.Module, blocks: Sequence[Block]) -> Iterator[None]:
 
 
 def _gradients(model: nn.Module, loss_fn: LossFn, batch: Any, parameters: list[nn.Parameter]) -> list[Tensor]:
-    with torch.enable_grad(), forked_rng(0):
+    with torch.enable_grad(), parallel.own_noise(model, 0):
         loss = loss_fn(model, batch)
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+    return parallel.mean(model, parallel.gradients(model, loss, parameters))
 
 
 def _agreement(approximate: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:
     """(cosine, ratio of norms) of two lists of gradients, accumulated in float64."""
-    dot = sum(float((a.double() * e.double()).sum()) for a, e in zip(approximate, exact, strict=True))
-    norm_a = sum(float(a.double().square().sum()) for a in approximate) ** 0.5
-    norm_e = sum(float(e.double().square().sum()) for e in exact) ** 0.5
+    dot = parallel.inner(approximate, exact)
+    norm_a, norm_e = parallel.inner(approximate, approximate) ** 0.5, parallel.inner(exact, exact) ** 0.5
     if norm_a == 0 or norm_e == 0:
         return (1.0, 1.0) if norm_a == norm_e else (0.0, 0.0)
     return dot / (norm_a * norm_e), norm_a / norm_e
@@ -316,7 +324,9 @@ def _fidelities(
             c, r = _agreement(g[: len(inside)], e[: len(inside)])
             cosine, ratio = cosine + c / len(exact), ratio + r / len(exact)
             pairs = zip(g[len(inside) :], e[len(inside) :], strict=True)
-            touched = [(a, b) for a, b in pairs if not torch.equal(a, b)]  # behind the blocks gradients stay exact
+            touched = [
+                (a, b) for a, b in pairs if parallel.inner([a - b], [a - b])
+            ]  # behind the blocks gradients stay exact
             new += (_agreement([a for a, _ in touched], [b for _, b in touched])[0] if touched else 1.0) / len(exact)
         return {"cosine": cosine, "norm_ratio": ratio, "new_modules_cosine": new if outside else None}
 
@@ -380,17 +390,20 @@ def choose_skips(
     with evaluating(model):
 
         def prediction() -> Tensor:
-            with forked_rng(0):
+            with parallel.own_noise(model, 0):
                 return predict(model, batch).float()
+
+        def power(values: Tensor) -> Tensor:
+            return parallel.mean(model, [values.square().mean()])[0]
 
         with running(blocks, "train"):
             full = prediction()
-            scale = full.square().mean()
+            scale = power(full)
             for _ in range(count):
                 changes = []
                 for block in (b for b in free if b not in chosen):
                     with skip(chosen, block):
-                        changes.append((float((prediction() - full).square().mean() / scale), block))
+                        changes.append((float(power(prediction() - full) / scale), block))
                 change, best = min(changes, key=lambda pair: (pair[0], pair[1].index))
                 chosen.append(best)
                 steps.append({"name": best.name, "change": change})

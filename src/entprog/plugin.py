@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entprog import parallel
 from entprog.blocks import Block, batch_size, by_name, find_blocks, forked_rng, outside_blocks, record_example
 from entprog.cei import Scores, Stop, with_inherited
 from entprog.measure import (
@@ -49,8 +50,9 @@ class EntProg:
     with scaler and clipping. always: names of what was made for the task. t(batch) -> (B,) times for per-tau scores.
     ledger: charged with scoring and search. decide(key, compute): compute(), or what was recorded before a resume.
 
-    Build it before any wrapper (DDP, torch.compile). It never touches `param_groups`; outside blocks it never enables
-    a parameter that was frozen when it was built.
+    Build it before any wrapper (DDP, torch.compile); in several processes after data_parallel or fully_sharded, with
+    the same held_out on every rank and train_batches of the rank's own. It never touches `param_groups`; outside
+    blocks it never enables a parameter that was frozen when it was built.
     """
 
     def __init__(
@@ -77,11 +79,6 @@ class EntProg:
     ) -> None:
         if clock not in ("wall", "model"):
             raise ValueError(f"clock {clock!r} is unknown: choose 'wall' or 'model'")
-        if type(model).__name__ in ("DistributedDataParallel", "OptimizedModule"):
-            raise ValueError(
-                f"EntProg was given a model wrapped by {type(model).__name__}: build it on the bare model. For "
-                "torch.compile, compile each block with block.module.compile(); data parallel is not supported yet"
-            )
         self.settings = strategy or ent_prog()
         self.model, self.total_steps, self.clock, self.seconds = model, total_steps, clock, seconds
         self.held_out = list(held_out) if isinstance(held_out, list | tuple) else [held_out]
@@ -97,6 +94,7 @@ class EntProg:
         self.decisions: dict[str, Any] = {}
         self._decide_outside = decide
         self.events: list[dict[str, Any]] = []
+        parallel.prepared(model, blocks, self._try)
         self.blocks = list(blocks) if blocks is not None else find_blocks(model, record_example(model, self._try))
         self.candidates = [b.name for b in by_name(self.blocks, self.blocks if candidates is None else candidates)]
         self.always, self.stem = outside_blocks(model, self.blocks, always, self._try)
@@ -186,9 +184,10 @@ class EntProg:
         self._on_event(record)
 
     def decide(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Return a decision that may depend on a clock: computed once, then replayed from the record."""
+        """Return a decision that may depend on a clock: rank 0's, computed once, then replayed from the record."""
         if key not in self.decisions:
-            self.decisions[key] = self._decide_outside(key, compute) if self._decide_outside else compute()
+            outside = self._decide_outside or (lambda key, compute: compute())
+            self.decisions[key] = parallel.agreed(self.model, lambda compute: outside(key, compute), compute)
         return self.decisions[key]
 
     def _begin_stage(self, stage: int, progress: float) -> None:
@@ -380,7 +379,7 @@ class EntProg:
             for _ in range(TIMING_STEPS):
                 begun = now()
                 self.train(0, 1)
-                times.append(now() - begun)
+                times.append(parallel.slowest(self.model, now() - begun))
             start.restore()
             seconds = min(times[1:])  # the first step after a switch does not count
         if before:
@@ -392,7 +391,7 @@ class EntProg:
         assert self._optimizer is not None
         for i in range(start, start + steps):
             batch = self._stream[i]
-            with forked_rng(1000 + i):
+            with parallel.own_noise(self.model, 1000 + i):
                 self._backward(self._loss(self.model, batch))
                 self._optimizer.step()
                 self._optimizer.zero_grad(set_to_none=True)
@@ -404,7 +403,7 @@ class EntProg:
             draws = 1 if len(values) >= 8 else 8 // len(values)  # a single number could not tell a tie
             if draws > 1:
                 values = held_out_losses(self.model, self._loss_fn, self.held_out * draws)
-            for batch in self.held_out * draws:
+            for batch in (self.held_out * draws)[:: parallel.ranks(self.model)]:
                 self._charge(batch, backward=False)
             return values
 

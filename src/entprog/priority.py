@@ -12,7 +12,8 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
 
-from entprog.blocks import Block, batch_size, evaluating, forked_rng
+from entprog import parallel
+from entprog.blocks import Block, batch_size, evaluating
 from entprog.cei import Scores, Stop, Times, by_skipping, cei, inflation, knn_entropy, make_scores, relative_change
 from entprog.cei import gaussian_entropy as gaussian
 from entprog.modes import LossFn, Predict, preserved, running, set_active
@@ -91,16 +92,16 @@ def block_influence(
         return hook
 
     with evaluating(model), running(blocks, "train"):
-        for batch in batches:
+        for batch in parallel.in_step(model, batches):
             row = torch.zeros(batch_size(batch), len(blocks))
             handles = [b.module.register_forward_hook(hook_for(i, row), with_kwargs=True) for i, b in enumerate(blocks)]
             try:
-                with forked_rng(0):
+                with parallel.own_noise(model, 0):
                     predict(model, batch)
             finally:
                 for handle in handles:
                     handle.remove()
-            rows.append(row)
+            rows.append(parallel.joined(model, row))
     return make_scores("block_influence", [b.name for b in blocks], torch.cat(rows))
 
 
@@ -117,22 +118,23 @@ def _samples(batch: Any) -> list[Any]:
 def _block_gradients(model: nn.Module, blocks: Sequence[Block], loss_fn: LossFn, batch: Any) -> list[list[Tensor]]:
     """Gradients of every block's parameters, all blocks trainable, noise from a fixed seed.
 
-    One sample at a time, so that scoring with gradients of all blocks holds the activations of one sample only.
+    One sample at a time, so that scoring with gradients of all blocks holds the activations of one sample only. The
+    mean over all ranks' samples in several processes.
     """
     parameters = [b.parameters() for b in blocks]
     flat = [p for group in parameters for p in group]
     pending = [p.grad for p in flat]
     total = [torch.zeros_like(p) for p in flat]
     samples = _samples(batch)
-    with preserved(model, blocks), forked_rng(0), torch.enable_grad():
+    with preserved(model, blocks), parallel.own_noise(model, 0), torch.enable_grad():
         for p in flat:
             p.grad = None
         set_active(blocks, blocks)
         for sample in samples:
-            grads = torch.autograd.grad(loss_fn(model, sample), flat, allow_unused=True)
+            grads = parallel.gradients(model, loss_fn(model, sample), flat)
             for sum_, g in zip(total, grads, strict=True):
-                if g is not None:
-                    sum_ += g / len(samples)
+                sum_ += g / len(samples)
+    total = parallel.mean(model, total)
     for p, grad in zip(flat, pending, strict=True):
         p.grad = grad
     filled = iter(total)
@@ -152,8 +154,8 @@ def grad_norm(
     """Norm of the block's gradient, |g_b|, one value per batch."""
     fn = _needs(loss_fn, "grad_norm")
     rows = [
-        [sum(g.float().square().sum() for g in grads) ** 0.5 for grads in _block_gradients(model, blocks, fn, batch)]
-        for batch in batches
+        [parallel.inner(grads, grads) ** 0.5 for grads in _block_gradients(model, blocks, fn, batch)]
+        for batch in parallel.in_step(model, batches)
     ]
     return make_scores("grad_norm", [b.name for b in blocks], torch.tensor(rows))
 
@@ -175,7 +177,7 @@ def gain(
     ValueError with fewer than two batches.
     """
     fn = _needs(loss_fn, "gain")
-    grads = [_block_gradients(model, blocks, fn, batch) for batch in batches]
+    grads = [_block_gradients(model, blocks, fn, batch) for batch in parallel.in_step(model, batches)]
     if len(grads) < 2:
         raise ValueError(
             f"priority 'gain' needs at least 2 batches, one to step on and one to judge by: got {len(grads)}"
@@ -187,12 +189,11 @@ def gain(
         others = [g for j, g in enumerate(grads) if j != i]
         row = []
         for b in range(len(blocks)):
-            value = 0.0
-            for k, g in enumerate(held[b]):
-                stack = torch.stack([o[b][k] for o in others])
-                direction = stack.mean(0) / (stack.square().mean(0).sqrt() + 1e-8)
-                value += float((g * direction).sum())
-            row.append(value / cost[b])
+            directions = []
+            for k in range(len(held[b])):
+                stack = torch.stack([parallel.local(o[b][k]) for o in others])
+                directions.append(stack.mean(0) / (stack.square().mean(0).sqrt() + 1e-8))
+            row.append(parallel.inner(held[b], directions) / cost[b])
         rows.append(row)
     return make_scores("gain", [b.name for b in blocks], torch.tensor(rows))
 
@@ -215,16 +216,16 @@ def oracle(
     frozen; weights come back afterwards.
     """
     fn = _needs(loss_fn, "oracle")
-    *train, held_out = list(batches)
+    *train, held_out = list(parallel.in_step(model, batches))
     if not train:
         raise ValueError("priority 'oracle' needs at least 2 batches: the last is held out")
 
     def held_out_loss() -> float:
-        with evaluating(model), forked_rng(1):
-            return fn(model, held_out).item()
+        with evaluating(model), parallel.own_noise(model, 1):
+            return parallel.mean(model, [fn(model, held_out).detach()])[0].item()
 
     row = []
-    with preserved(model, blocks), forked_rng(0):
+    with preserved(model, blocks), parallel.own_noise(model, 0):
         for p in model.parameters():
             p.requires_grad_(False)
         before = held_out_loss()

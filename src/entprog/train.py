@@ -4,6 +4,9 @@ A run is cut into segments at the marks where something happens: a stage begins,
 measured. How many steps a segment has is decided when it begins, from the time left and the time a step takes, and
 written down before it is used; a resumed run replays what was written. All randomness of a step comes from its
 position in the stream of batches (data/batches.py).
+
+Under torchrun or accelerate launch each process takes its share of every batch, gradients are averaged by hooks
+(parallel.py), and rank 0 alone writes the run folder, which every process must see to resume.
 """
 
 import json
@@ -19,19 +22,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from entprog.blocks import find_blocks, record_example
-from entprog.checkpoint import RunLog, load_checkpoint, save_checkpoint
+from entprog.checkpoint import RunLog, load_checkpoint, named_state, put_back, save_checkpoint
 from entprog.config import RunConfig, check_same
 from entprog.data.batches import Batch, Data, batch_at, fixed_batches, to_device
 from entprog.ema import Ema
 from entprog.measure import MODEL_CLOCK_FLOPS, NET, Ledger, StepCost, held_out_losses, now, saved_bytes, training_bytes
 from entprog.metrics.protocol import mean_interval
-from entprog.models.pretrained import batch_settings, candidate_blocks, freeze_for_good, predict_and_loss
+from entprog.models.pretrained import batch_settings, candidate_blocks, freeze_for_good, new_modules, predict_and_loss
 from entprog.modes import running, set_mode
+from entprog.parallel import agreed, data_parallel
 from entprog.plugin import EntProg
 from entprog.strategy import add_adapters, add_lora
-
-# What PoseDiT gets for a condition: trains throughout in every strategy, unless only the temporal blocks may train.
-NEW_MODULES = {"pose": ("pose_guider",), "reference": ("reference_embedding", "pose_guider")}
 
 
 class Trainer:
@@ -56,6 +57,8 @@ class Trainer:
         judges = {k: v[len(v) - kept_back :] for k, v in data.items()}
         self.ledger = Ledger()
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        self.writes = self.accelerator.is_main_process
+        self.share = (self.accelerator.process_index, self.accelerator.num_processes)
         self.on_progress = on_progress or (lambda info: None)
         self.settings = batch_settings(config)
         self.predict, self.loss_fn = (self._autocast(function) for function in predict_and_loss(config))
@@ -67,6 +70,8 @@ class Trainer:
         self.blocks = find_blocks(model, record_example(model, lambda: self.loss_fn(model, self.held_out[0])))
         self.candidates = candidate_blocks(self.blocks, config.candidates)
         self.wrapped = self._prepare()
+        if self.accelerator.num_processes > 1:
+            data_parallel(self.wrapped)
         self.optimizer = torch.optim.AdamW(
             list(self.wrapped.parameters()), lr=config.lr, weight_decay=config.weight_decay
         )
@@ -88,14 +93,6 @@ class Trainer:
         fixed = fixed_batches(data, batch_size=size, draws=self.config.held_out_draws, **self.settings)
         return [to_device(b, self.device) for b in fixed]
 
-    def _new_modules(self) -> tuple[str, ...]:
-        """Name what was made for this run's conditions, where the model has it."""
-        if self.config.candidates != "all":
-            return ()
-        names = dict.fromkeys(n for c in self.config.conditions for n in NEW_MODULES[c])
-        known = {n for n, _ in self.model.named_parameters()} | {n for n, _ in self.model.named_modules()}
-        return tuple(n for n in names if n in known)
-
     def _prepare(self) -> nn.Module:
         """Freeze what may not train and apply strategies that change the model itself; returns what is trained."""
         freeze_for_good(self.model, self.candidates, self.config)
@@ -104,7 +101,7 @@ class Trainer:
             return add_adapters(self.model, self.candidates, self.config.lora_rank)
         if self.config.strategy != "lora":
             return self.model
-        always = (*self._new_modules(), "final_layer") if self.config.candidates == "all" else ()
+        always = (*new_modules(self.model, self.config), "final_layer") if self.config.candidates == "all" else ()
         return add_lora(self.model, self.candidates, self.config.lora_rank, always=always)
 
     def _plug_in(self) -> EntProg | None:
@@ -119,7 +116,7 @@ class Trainer:
             total_steps=self.config.steps or 1,
             predict=self.predict,
             backward=self._backward,
-            always=self._new_modules(),
+            always=new_modules(self.model, self.config),
             strategy=settings,
             blocks=self.blocks,
             candidates=[b.name for b in self.candidates],
@@ -127,7 +124,7 @@ class Trainer:
             clock=self.config.clock,
             seconds=self.config.seconds,
             ledger=self.ledger,
-            decide=self._decide,
+            decide=self._record_decision,
             on_event=self._write_event,
             score_batches=self._complete,
         )
@@ -157,6 +154,7 @@ class Trainer:
                 condition_dropout=0.0 if complete else config.condition_dropout,
                 joint_dropout=0.0 if complete else config.joint_dropout,
                 **self.settings,
+                share=self.share,
             )
             return to_device(batch, self.device)
 
@@ -164,8 +162,8 @@ class Trainer:
         """Yield batches for scoring: every condition there, times stratified within each batch."""
         for position in count(self.position):
             batch = self._batch(position, complete=True)
-            size = len(batch["t"])
-            batch["t"] = (torch.arange(size, device=self.device) + batch["t"]) / size
+            size, (part, parts) = len(batch["t"]), self.share
+            batch["t"] = (torch.arange(size, device=self.device) + part * size + batch["t"]) / (size * parts)
             yield batch
 
     def _upcoming(self) -> Iterator[Batch]:
@@ -175,12 +173,17 @@ class Trainer:
     # -- the record ----------------------------------------------------------------------------------------------------
 
     def _write_event(self, record: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         if record["event"] == "score":
             record = self.log.keep_scores(record)
-        self.log.append(record | {"net_seconds": self.net_seconds()})
+        self.log.append({"event": record["event"], "step": self.step} | record | {"net_seconds": self.net_seconds()})
+
+    def _record_decision(self, key: str, compute: Callable[[], Any]) -> Any:
+        return self.log.decide(key, compute, self.step)
 
     def _decide(self, key: str, compute: Callable[[], Any]) -> Any:
-        return self.log.decide(key, compute, self.step)
+        return agreed(self.wrapped, lambda compute: self._record_decision(key, compute), compute)
 
     def net_seconds(self) -> float:
         """Return the net seconds so far, by the run's clock."""
@@ -198,7 +201,9 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end of the budget, save the model and return the results so far (no samples yet)."""
         check_same(self.config, self.out)
-        self.config.save(self.out / "config.yaml")
+        self.accelerator.wait_for_everyone()
+        if self.writes:
+            self.config.save(self.out / "config.yaml")
         self._resume()
         marks = self._marks()
         while self.segment < len(marks) - 1:
@@ -340,10 +345,7 @@ class Trainer:
         mean, interval = mean_interval(losses)
         point = {"step": self.step, "net_seconds": self.net_seconds(), "loss": mean}
         self.curve.append(point | {"overhead_seconds": self.overhead_seconds()})
-        self.log.append(
-            {"event": "held_out", "step": self.step, "progress": progress, "net_seconds": self.net_seconds(),
-             "loss": mean, "interval": interval}
-        )  # fmt: skip
+        self._write_event({"event": "held_out", "progress": progress, "loss": mean, "interval": interval})
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -359,20 +361,22 @@ class Trainer:
         }  # fmt: skip
 
     def _checkpoint(self) -> None:
+        if not self.writes:
+            return
         with self.ledger("checkpoint"):
-            names: dict[Tensor, str] = {p: n for n, p in self.wrapped.named_parameters()}
-            tensors: dict[str, Tensor] = {f"model.{n}": p for p, n in names.items()}
+            tensors = named_state(self.wrapped, self.optimizer)
             tensors |= {f"ema.{n}": v for n, v in self.ema.average.items()}
-            for p, state in self.optimizer.state.items():
-                tensors |= {f"optimizer.{names[p]}.{k}": v for k, v in state.items()}
             save_checkpoint(self.out / "checkpoints", self.step, tensors, self._state())
 
     def _resume(self) -> None:
         """Go back to the last checkpoint, if there is one, and keep every recorded decision."""
-        found = load_checkpoint(self.out / "checkpoints", str(self.device))
-        self.log.rewind(found[0]["events"] if found else 0, replay=self.config.clock == "wall")
+        device = "cpu" if self.device.type == "cpu" else str(self.device)  # not cpu:0, which safetensors refuses
+        found = load_checkpoint(self.out / "checkpoints", device)
+        if self.writes:
+            self.log.rewind(found[0]["events"] if found else 0, replay=self.config.clock == "wall")
         if found:
             self._load(*found)
+        self.accelerator.wait_for_everyone()  # nobody writes while somebody reads
 
     def _load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         for key in ("step", "segment", "within", "curve", "peak_bytes", "byte_steps", "model_seconds", "times",
@@ -385,13 +389,7 @@ class Trainer:
         if self.prog:
             self.prog.load_state_dict(state["prog"])
             self.prog.peak_bytes = state["peak_search"]
-        with torch.no_grad():
-            for name, p in self.wrapped.named_parameters():
-                p.copy_(tensors[f"model.{name}"])
-                prefix = f"optimizer.{name}."
-                own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                if own:
-                    self.optimizer.state[p] = own
+        put_back(tensors, self.wrapped, self.optimizer)
         self.ema.average = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
 
     def _finish(self) -> dict[str, Any]:
@@ -402,8 +400,10 @@ class Trainer:
             losses = self.held_out_loss().double()
         final = self._final_model()
         with self.ledger("checkpoint"):
-            final.save_pretrained(self.out / "checkpoints" / "final")  # type: ignore[operator]
-        self.log.append({"event": "done", "step": self.step, "progress": 1.0, "net_seconds": self.net_seconds()})
+            if self.writes:
+                final.save_pretrained(self.out / "checkpoints" / "final")  # type: ignore[operator]
+            self.accelerator.wait_for_everyone()
+        self._write_event({"event": "done", "progress": 1.0})
         return self._results(losses)
 
     def _final_model(self) -> nn.Module:

@@ -99,22 +99,28 @@ def batch_at(
     joint_dropout: float = 0.0,
     frames: int | None = None,
     conditions: Sequence[str] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Batch:
     """Return the batch at a position of an endless, shuffled stream; t is uniform in [0, 1].
 
     Every clip comes once per epoch, with `frames` frames from a random place of it; clips of different shapes never
     share a batch, and what does not fill one sits the epoch out. With `condition_dropout` each
-    condition is left out of a batch with that probability, with `joint_dropout` all of them at once. ValueError if the
-    data hold fewer clips than a batch, or clips fewer frames.
+    condition is left out of a batch with that probability, with `joint_dropout` all of them at once. `share` (i, n)
+    makes only the i-th of n equal parts of the batch. ValueError if the data hold fewer clips than a batch, or clips
+    fewer frames, or the batch has no n equal parts.
     """
-    data = _part(data, _rows_at(data, position, batch_size, seed))
-    rows = range(batch_size)
+    if batch_size % share[1]:
+        raise ValueError(f"a batch of {batch_size} has no {share[1]} equal parts: choose a multiple for batch_size")
+    size = batch_size // share[1]
+    mine = slice(share[0] * size, (share[0] + 1) * size)
+    data = _part(data, _rows_at(data, position, batch_size, seed)[mine])
+    rows = range(size)
     starts = torch.randint(_spare(data, frames) + 1, (batch_size,), generator=_generator(seed, 4, position)).tolist()
-    windows = _windows(data["video"].shape[2], frames, starts)
+    windows = _windows(data["video"].shape[2], frames, starts[mine])
     batch = {k: take(data[k], k, rows, windows) for k in _columns(data, conditions)}
     generator = _generator(seed, 2, position)
-    batch["t"] = torch.rand(batch_size, generator=generator)
-    batch["noise"] = torch.randn(batch["video"].shape, generator=generator)
+    batch["t"] = torch.rand(batch_size, generator=generator)[mine]
+    batch["noise"] = torch.randn((batch_size, *batch["video"].shape[1:]), generator=generator)[mine]
     droppable = list(dict.fromkeys((*CONDITIONS, *(conditions or ()))))
     dropped = [c for c in droppable if torch.rand((), generator=generator) < condition_dropout]
     if joint_dropout and torch.rand((), generator=generator) < joint_dropout:

@@ -179,6 +179,9 @@ def loss_fn(
     return loss
 
 
+# What PoseDiT gets for a condition.
+NEW_MODULES = {"pose": ("pose_guider",), "reference": ("reference_embedding", "pose_guider")}
+
 REGIONS = {
     "person": tuple(v for k, v in LABELS.items() if k != "background"),
     "face": (LABELS["face"],),
@@ -247,3 +250,15 @@ def candidate_blocks(blocks: Sequence[Block], which: str) -> list[Block]:
         raise ValueError(f"candidates {which!r}: choose 'all', or 'temporal' for a model with temporal blocks; "
                          f"this one's are {[b.name for b in blocks][:8]} ...")  # fmt: skip
     return chosen
+
+
+def new_modules(model: nn.Module, config: "RunConfig") -> tuple[str, ...]:
+    """Name what was made for a run's conditions, where the model has it; it trains throughout.
+
+    Nothing where only the temporal blocks may train.
+    """
+    if config.candidates != "all":
+        return ()
+    names = dict.fromkeys(n for c in config.conditions for n in NEW_MODULES[c])
+    known = {n for n, _ in model.named_parameters()} | {n for n, _ in model.named_modules()}
+    return tuple(n for n in names if n in known)
