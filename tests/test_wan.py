@@ -19,7 +19,7 @@ from entprog.data.cache import pose_maps
 from entprog.data.encode import Encoders, draw_clips, encode, fingerprint
 from entprog.data.prepared import Prepared, ShardWriter
 from entprog.models import wan
-from entprog.models.pretrained import batch_settings, model_of, predict_and_loss
+from entprog.models.pretrained import batch_settings, load_model, model_of, predict_and_loss
 from entprog.objective import OBJECTIVES, shifted
 from entprog.train import Trainer
 
@@ -126,7 +126,7 @@ def test_a_pipeline_that_is_told_the_target_finds_the_clip(kind, scheduler, fold
     assert len(oracle.times) == 7 and oracle.times[0] > 0.99 and oracle.times == sorted(oracle.times, reverse=True)
 
 
-@pytest.mark.parametrize("kind", ["vace", "animate"])
+@pytest.mark.parametrize("kind", [pytest.param("vace", marks=pytest.mark.slow), "animate"])
 def test_without_text_the_model_gets_what_guidance_compares_with(kind, folders, data):
     folder = folders(kind)
     config = settings(folder, data)
@@ -285,6 +285,9 @@ def test_a_run_from_folder_to_video(kind, folders, data, tmp_path, monkeypatch):
     assert main(["sample", str(run), "--clips", "1", "--out", str(tmp_path / "s.mp4")]) == 0
     assert (tmp_path / "s.mp4").stat().st_size > 500
     assert main(["sample", str(run), "--pose-from", "clip-1"]) == 2
+    assert main(["evaluate", str(run), "--networks"]) == 2  # of PoseDiT's runs only
+    with pytest.raises(ValueError, match="not a PoseDiT"):
+        load_model(str(final))
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from entprog.data.prepared import Prepared
     from entprog.evaluate import compare, evaluate, load_videos
     from entprog.measure import best_device
+    from entprog.models import wan
 
     source = Path(args.source)
     if (source / "checkpoints" / "final").exists():
@@ -57,6 +58,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 
         config = load_config(source / "config.yaml", args.overrides)
         config = replace(config, data=args.reference or config.data)
+        if wan.is_pipeline(config.model):
+            raise ValueError(
+                "evaluate draws PoseDiT's runs only: draw a pipeline's clips as ID.mp4 and give their folder"
+            )
         with console.status(f"drawing {args.clips} clips"):
             videos, data = draw_videos(config, str(source / "checkpoints" / "final"), args.split, args.clips)
     else:

@@ -1,5 +1,6 @@
 """Where a run's model comes from, and how it is called and trained: the one place that knows a model family."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,11 @@ def load_model(name: str, *, seed: int = 0, autoencoder: str = "", patch_size: i
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return pose_dit(name, motion_modules=True, **_tokens(autoencoder, patch_size))
-    if (Path(name) / "config.json").exists():
+    if (path := Path(name) / "config.json").exists():
+        if (kind := json.loads(path.read_text()).get("_class_name")) != "PoseDiT":
+            raise ValueError(
+                f"{name} holds a {kind!r}, not a PoseDiT: give the folder of its whole pipeline as the model"
+            )
         return PoseDiT.from_pretrained(name, use_safetensors=True)
     raise ValueError(
         f"model {name!r} is unknown: choose one of {sorted(EMBEDDED)}, a size of {sorted(SIZES)}, or a folder with "
