@@ -20,7 +20,7 @@ from entprog.profiling import profile
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from plan_accuracy import FAMILIES as FAMILIES_TRIED  # noqa: E402
-from plan_accuracy import compare  # noqa: E402
+from plan_accuracy import Measured, compare  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["pose_dit", pytest.param("wan", marks=pytest.mark.slow)])
@@ -88,6 +88,18 @@ def test_blocks_that_do_not_run_back_cost_nothing():
     )
     with pytest.raises(ValueError, match="no block is called"):
         found.step({"nobody": "pass"})
+
+
+@pytest.mark.slow
+def test_shortcuts_of_bypassed_and_skipped_blocks_are_counted():
+    model, inputs = FAMILIES_TRIED["UNetMotion"]()
+    blocks = find_blocks(model, inputs)
+    assert any(b.outputs.shortcut for b in blocks[1:])
+    found, real = profile(model, inputs, blocks=blocks, device="cpu", lora_rank=2), Measured(model, inputs, blocks)
+    first, *others = found.blocks
+    for mode in ("bypass", "skip"):
+        kept, _ = real.step([first], mode, "none")
+        assert found.step(dict.fromkeys(others, mode), outside="none")["activations"] == kept
 
 
 def test_a_block_of_another_kind_is_not_taken_for_its_neighbour():

@@ -233,8 +233,10 @@ def saved(gap: Callable[[], int] = lambda: 0) -> Iterator["weakref.WeakSet[Holde
         yield held
 
 
-def block_cost(module: nn.Module, call: Call, pattern: Sequence[bool], device: str) -> BlockCost:
-    """Run a block forward and backward on the meta device, its parameters' requires_grad as it is.
+def block_cost(
+    module: nn.Module, call: Call, pattern: Sequence[bool], device: str, forward_of: Callable[..., Any]
+) -> BlockCost:
+    """Run a block by `forward_of` and backward on the meta device, its parameters' requires_grad as it is.
 
     `pattern`: for each leaf of the arguments, whether it requires a gradient.
     """
@@ -248,7 +250,7 @@ def block_cost(module: nn.Module, call: Call, pattern: Sequence[bool], device: s
     weights = {storage_of(p) for p in module.parameters()}
     with torch.enable_grad(), as_on(device), Flops() as counter:
         with saved() as held:
-            returned = type(module).forward(module, *args, **kwargs)
+            returned = forward_of(*args, **kwargs)
             kept = {storage_of(h.tensor): h.tensor.untyped_storage().nbytes() for h in held}
         forward = counter.total
         outputs = tensors_of(returned)

@@ -32,6 +32,7 @@ from entprog.meta import (
     tensors_of,
     to_meta,
 )
+from entprog.probe import Arguments
 
 
 @dataclass
@@ -81,6 +82,7 @@ class _Machine:
     def __init__(self, model: nn.Module, blocks: Sequence[Block], inputs: dict[str, Any], device: str) -> None:
         self.model, self.inputs, self.device = model, inputs, device
         self.modules = {b.name: b.module for b in blocks}
+        self.outputs = {b.name: b.outputs for b in blocks}
         self.adapted: dict[str, nn.Module] = {}
         self.kinds: dict[Any, str] = {}
         self.kind_of: dict[str, str] = {}
@@ -118,17 +120,32 @@ class _Machine:
         return returned
 
     def cost(self, name: str, way: str, pattern: tuple[bool, ...]) -> BlockCost:
-        """Return what a block costs, run one way: "train", "frozen" or "lora"; its kind is run once."""
+        """Return what a block costs, run one way: "train", "frozen", "lora" or "base"; its kind is run once."""
         kind = self.kind_of[name]
         if (kind, way, pattern) not in self.costs:
             module = self.adapted[kind] if way == "lora" else self.modules[kind]
             before = [(p, p.requires_grad) for p in module.parameters()]
             for n, p in module.named_parameters():
                 p.requires_grad_(p.is_floating_point() and (way == "train" or (way == "lora" and "lora_" in n)))
-            self.costs[kind, way, pattern] = block_cost(module, self.calls[kind], pattern, self.device)
+            outputs = self.outputs[kind]
+
+            def forward_of(*args: Any, **kwargs: Any) -> Any:
+                if way == "base" and outputs is not None:
+                    return outputs.identity(Arguments(module, args, kwargs))
+                return type(module).forward(module, *args, **kwargs)
+
+            self.costs[kind, way, pattern] = block_cost(module, self.calls[kind], pattern, self.device, forward_of)
             for p, needs in before:
                 p.requires_grad_(needs)
         return self.costs[kind, way, pattern]
+
+    def way_of(self, name: str, mode: str) -> str:
+        """Return what of a frozen block autograd meets: "frozen" (all), "base" (its shortcut) or "" (nothing)."""
+        outputs = self.outputs[self.kind_of[name]]
+        if mode not in ("bypass", "skip") or (mode == "bypass" and outputs is not None and outputs.reads):
+            return "frozen"
+        changed = outputs is not None and (outputs.shortcut or outputs.added or outputs.divisor != 1.0)
+        return "base" if changed else ""
 
     def run(self) -> Any:
         """One forward pass outside the blocks."""
@@ -214,11 +231,14 @@ class Profile:
         for i, name in enumerate(self.blocks, 1):
             mode = modes.get(name, "train")
             trains = lora or mode == "train"
-            if mode != "skip" or lora:
-                pattern = machine.captures[outside, reached].needs[name]
-                cost = machine.cost(name, "lora" if lora else "train" if trains else "frozen", pattern)
+            pattern = machine.captures[outside, reached].needs[name]
+            way = "lora" if lora else "train" if trains else machine.way_of(name, mode)
+            if not trains and mode == "bypass" and way != "frozen":
+                flops += machine.cost(name, "frozen", (False,) * len(pattern)).forward  # without autograd
+            if way:
+                cost = machine.cost(name, way, pattern)
                 flops += cost.forward
-                if trains or (mode != "bypass" and any(pattern)):
+                if trains or any(pattern):
                     flops += cost.backward + (cost.forward if checkpointing else 0)
                     own = machine.keep(name, cost, checkpointing, held)
                     recompute = max(recompute, own if checkpointing else 0)
@@ -230,7 +250,7 @@ class Profile:
         """Return {"forward", "backward", "bytes"} of one block, a trainable one before it or not."""
         pattern = self._machine.captures["always", reached].needs[name]
         cost = self._machine.cost(name, "train" if mode == "train" else "frozen", pattern)
-        if mode != "train" and (mode in ("bypass", "skip") or not any(pattern)):
+        if mode != "train" and (mode in ("bypass", "skip") or not any(pattern)):  # a shortcut's own cost left out
             return {"forward": 0 if mode == "skip" else cost.forward, "backward": 0, "bytes": 0}
         held: dict[Any, int] = {}
         self._machine.keep(name, cost, False, held)
@@ -293,7 +313,8 @@ def _named_blocks(meta: nn.Module, blocks: Sequence[Block | str] | None) -> list
     names = [b.name if isinstance(b, Block) else b for b in blocks]
     if unknown := [n for n in names if n not in modules]:
         raise ValueError(f"the model has no modules {unknown}: its blocks may be {[b.name for b in find_blocks(meta)]}")
-    return [Block(i, n, modules[n]) for i, n in enumerate(names)]
+    known = {b.name: b.outputs for b in blocks if isinstance(b, Block)}
+    return [Block(i, n, modules[n], known.get(n)) for i, n in enumerate(names)]
 
 
 def _adapters(machine: _Machine, rank: int) -> dict[str, int]:
