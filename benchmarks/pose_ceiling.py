@@ -2,9 +2,9 @@
 
     python benchmarks/pose_ceiling.py data/people64 --clips 24
 
-sends the true test clips through the autoencoder, at their own size and enlarged, and lets the pose detector look at what
-comes back. Writes benchmarks/results/pose_ceiling.json: PCK@0.1 against the driving keypoints, the ratio to the true
-clips' own PCK (the bar for a generator is .8 of it), frames in which a person is found, PSNR.
+sends the true test clips through the autoencoder, at their own size and enlarged, and lets the pose detector look at
+what comes back. Writes benchmarks/results/pose_ceiling.json: PCK@0.1 against the driving keypoints, the ratio to the
+true clips' own PCK (the bar for a generator is .8 of it), frames in which a person is found, PSNR.
 """
 
 import argparse
