@@ -331,7 +331,7 @@ def everything(folder):
 
 def work(me, folder, port):
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(me), "LOCAL_RANK": str(me), "WORLD_SIZE": str(RANKS), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"RANK": str(me), "LOCAL_RANK": str(me), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo")
     torch.save(everything(folder), f"{folder}/{me}.pt")

@@ -33,6 +33,7 @@ from entprog.models.pretrained import model_of
 from entprog.models.wan import is_pipeline
 from entprog.modes import LossFn, fidelity, preserved, set_active
 from entprog.objective import OBJECTIVES
+from entprog.parallel import on_cpus
 from entprog.sample import sample
 from entprog.train import Trainer
 
@@ -177,14 +178,15 @@ def train_run(config: RunConfig, out: Path, on_progress: OnProgress | None = Non
     """
     check_same(config, out)
     finished = out / "results.json"
-    PartialState().wait_for_everyone()  # all look before one writes
+    processes = PartialState(cpu=on_cpus())
+    processes.wait_for_everyone()  # all look before one writes
     if finished.exists() and "metrics" in (done := json.loads(finished.read_text())):
         return done
     say = on_progress or (lambda info: None)
     say({"message": "loading data"})
     encodes = config.autoencoder or is_pipeline(config.model)
     encoding = {"message": "encoding clips that are not cached yet" if encodes else "reading"}
-    with PartialState().main_process_first():  # which makes what is cached beside the data
+    with processes.main_process_first():  # which makes what is cached beside the data
         data, errors = load_data(config, "train", lambda share: say(encoding))
         held_out, more = load_data(config, "test", lambda share: say(encoding))
     trainer = Trainer(config, model_of(config), data, held_out, out, on_progress)

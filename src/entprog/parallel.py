@@ -8,6 +8,7 @@ searches come out as in one process that trains on the joined batches, and the s
 Every rank must use the same trainable parameters in each step, as it does when EntProg chooses them.
 """
 
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,6 +28,14 @@ _hooked: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 def rank() -> int:
     """Return this process's number, 0 where there is only one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def on_cpus() -> bool:
+    """Return whether several processes were started on a machine without an accelerator.
+
+    Accelerate has to be told (cpu=True): otherwise it takes each process for the only one.
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
 
 
 def is_sharded(model: nn.Module) -> bool:

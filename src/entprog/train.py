@@ -30,7 +30,7 @@ from entprog.measure import MODEL_CLOCK_FLOPS, NET, Ledger, StepCost, held_out_l
 from entprog.metrics.protocol import mean_interval
 from entprog.models.pretrained import batch_settings, candidate_blocks, freeze_for_good, new_modules, predict_and_loss
 from entprog.modes import running, set_mode
-from entprog.parallel import agreed, data_parallel
+from entprog.parallel import agreed, data_parallel, on_cpus
 from entprog.plugin import EntProg
 from entprog.strategy import add_adapters, add_lora
 
@@ -56,7 +56,7 @@ class Trainer:
         self.data = {k: v[: len(v) - kept_back] for k, v in data.items()}
         judges = {k: v[len(v) - kept_back :] for k, v in data.items()}
         self.ledger = Ledger()
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpus())
         self.writes = self.accelerator.is_main_process
         self.share = (self.accelerator.process_index, self.accelerator.num_processes)
         self.on_progress = on_progress or (lambda info: None)
