@@ -35,4 +35,5 @@ for step, batch in enumerate(loader):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if step % 10 == 0:
-        print(f"step {step:3d}  loss {loss.item():.4f}  trains {len(prog.active)} of {len(prog.blocks)} blocks")
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"step {step:3d}  loss {loss.item():.4f}  trains {trained} parameters")

@@ -1,8 +1,6 @@
 """The README, the examples and the configuration are what the code is."""
 
-import ast
 import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -42,17 +40,8 @@ def test_tables_in_the_readme_name_what_exists():
         assert command in _parser()._subparsers._group_actions[0].choices
 
 
-def test_the_own_loop_differs_from_the_plain_loop_by_its_marked_lines():
-    source = (ROOT / "examples" / "own_loop.py").read_text().splitlines()
-    plain = "\n".join(line for line in source if not line.rstrip().endswith("# +"))
-    ast.parse(plain)
-    assert sum(line.rstrip().endswith("# +") for line in source) == 3
-    assert not re.search(r"\bprog\b|entprog", plain.split('"""')[2].split("print(")[0])
-
-
-def test_the_own_loop_runs(capsys):
-    runpy.run_path(str(ROOT / "examples" / "own_loop.py"))
-    assert "step  50" in capsys.readouterr().out
+def test_the_readme_names_every_example_loop():
+    assert not [p.name for p in (ROOT / "examples").glob("*.py") if f"`{p.name}`" not in README]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)

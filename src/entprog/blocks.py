@@ -48,11 +48,15 @@ class Block:
     outputs: Outputs | None = field(default=None, repr=False)
     adapters: list[nn.Parameter] = field(default_factory=list, repr=False)
     shared: tuple[str, ...] = ()
+    apart: frozenset[str] = field(
+        default=frozenset(), repr=False
+    )  # names of what was frozen beside trainable parameters
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the block's own floating-point parameters, the only ones that freezing concerns."""
+        """Return the block's own floating-point parameters that may train, the only ones that freezing concerns."""
         added = {id(p) for p in self.adapters}
-        return [p for p in self.module.parameters() if p.is_floating_point() and id(p) not in added]
+        named = self.module.named_parameters()
+        return [p for n, p in named if p.is_floating_point() and id(p) not in added and n not in self.apart]
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,14 @@ def find_blocks(model: nn.Module, example: Mapping[str, Any] | None = None) -> l
         raise _no_blocks(model, refused)
     names = _shallowest(elements, found)
     shared = _shared(model, {n: elements[n].module for n in names}, uses)
-    return [Block(i, n, elements[n].module, found[n], shared=shared[n]) for i, n in enumerate(names)]
+    apart = {n: _frozen_beside_trainable(elements[n].module) for n in names}
+    return [Block(i, n, elements[n].module, found[n], shared=shared[n], apart=apart[n]) for i, n in enumerate(names)]
+
+
+def _frozen_beside_trainable(module: nn.Module) -> frozenset[str]:
+    """Name what is frozen where something else in the module trains: the base under an adapter, never to be enabled."""
+    frozen = frozenset(n for n, p in module.named_parameters() if not p.requires_grad)
+    return frozen if any(p.requires_grad for p in module.parameters()) else frozenset()
 
 
 def _shared(
@@ -232,18 +243,24 @@ def _probe_all(
 
 
 def record_example(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
-    """Run something that calls the model and return the arguments of the first call, as an example for find_blocks."""
+    """Run something that calls the model and return the arguments of the first call, as an example for find_blocks.
+
+    A wrapper that only hands *args on (PEFT's) has no names for them; the first module inside that has gives them.
+    """
     seen: list[dict[str, Any]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append({slot[0]: value for slot, value in Arguments(module, args, kwargs).items()})
+        items = [] if seen else list(Arguments(module, args, kwargs).items())
+        if not seen and all(position is None for (_, position), _ in items):
+            seen.append({name: value for (name, _), value in items})
 
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in model.modules()]
     try:
         with evaluating(model), forked_rng(0):
             run()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return seen[0]
 
 
@@ -279,7 +296,7 @@ def outside_blocks(
     """Split the trainable parameters outside blocks into (always, stem).
 
     `always` names modules or parameters made for the task; the output head, what first runs after the last block, joins
-    them. The rest is stem: pretrained embeddings. ValueError for a name the model lacks.
+    them. The rest is stem: pretrained embeddings. ValueError for a name the model lacks or that is part of a block.
     """
     named, modules = dict(model.named_parameters()), dict(model.named_modules())
     if unknown := [a for a in always if a not in named and a not in modules]:
@@ -287,6 +304,10 @@ def outside_blocks(
     inside = {id(p) for b in blocks for p in b.module.parameters()}
     chosen = {id(named[a]) for a in always if a in named}
     chosen |= {id(p) for a in always if a in modules for p in modules[a].parameters()}
+    if chosen & inside:
+        raise ValueError(
+            f"always names parts of blocks among {list(always)}: a block trains as a whole, when it is due"
+        )
     chosen |= {id(p) for m in output_head(model, blocks, run) for p in m.parameters()}
     outside = [p for p in named.values() if p.requires_grad and id(p) not in inside]
     return [p for p in outside if id(p) in chosen], [p for p in outside if id(p) not in chosen]

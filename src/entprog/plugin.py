@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from entprog import parallel
 from entprog.blocks import Block, batch_size, by_name, find_blocks, forked_rng, outside_blocks, record_example
 from entprog.cei import Scores, Stop, with_inherited
+from entprog.guards import check_switchable
 from entprog.measure import (
     MODEL_CLOCK_FLOPS,
     Ledger,
@@ -30,7 +31,7 @@ from entprog.modes import LossFn, Predict, choose_bypass, choose_skips, mode_of,
 from entprog.priority import agreement, score
 from entprog.schedule import SCHEDULES, Candidate, at_least_one, block_modes, block_sets, block_sizes
 from entprog.strategy import Progressive, ent_prog
-from entprog.supernet import SEARCHES, TIMING_STEPS, BatchStream, SearchResult, Snapshot
+from entprog.supernet import SEARCHES, TIMING_STEPS, BatchStream, SearchResult, Snapshot, at_average
 
 Decide = Callable[[str, Callable[[], Any]], Any]
 
@@ -146,7 +147,8 @@ class EntProg:
         """Bring the model into the state this optimizer step needs; call it before the forward pass.
 
         Repeating it with the same step changes nothing. `progress` in [0, 1) replaces step / total_steps where a run
-        is measured in seconds. RuntimeError if gradients are pending when the trainable set has to change.
+        is measured in seconds. RuntimeError if gradients are pending when the trainable set has to change, ValueError
+        if checkpointing is reentrant (guards.check_switchable).
         """
         if step == self.last_step:
             return
@@ -155,7 +157,7 @@ class EntProg:
         self._optimizer = optimizer
         stage = min(int(progress * self.settings.stages + 1e-9), self.settings.stages - 1)
         if stage != self.stage or self._restores(progress):
-            self._check_no_gradients()
+            check_switchable(self.model, self.blocks[0], optimizer, self._try)
         self.last_step = step
         if stage != self.stage:
             self._begin_stage(stage, progress)
@@ -170,13 +172,6 @@ class EntProg:
         """Return the progress marks at which the state changes, for loops that plan in seconds."""
         marks = [k / self.settings.stages for k in range(self.settings.stages)]
         return sorted({*marks, self.settings.restore_at} if self.settings.skip else set(marks))
-
-    def _check_no_gradients(self) -> None:
-        if any(p.grad is not None for p in self.model.parameters()):
-            raise RuntimeError(
-                "prog.step would change the trainable blocks while gradients are pending: call it once per optimizer "
-                "step, before the forward pass and after zero_grad(set_to_none=True)"
-            )
 
     def _emit(self, event: str, progress: float, **values: Any) -> None:
         record = {"event": event, "step": self.last_step, "progress": progress} | values
@@ -398,7 +393,7 @@ class EntProg:
 
     def losses(self) -> Tensor:
         """Held-out losses (n,) of the whole network: fixed noise, raw weights, eval mode (Trial)."""
-        with running(self.blocks, "train"):  # nothing sits out
+        with running(self.blocks, "train"), at_average(self._optimizer):  # nothing sits out
             values = held_out_losses(self.model, self._loss_fn, self.held_out)
             draws = 1 if len(values) >= 8 else 8 // len(values)  # a single number could not tell a tie
             if draws > 1:

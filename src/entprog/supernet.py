@@ -20,6 +20,7 @@ are out its loss looks worse than it will be.
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -59,12 +60,16 @@ class Trial(Protocol):
 
 @dataclass(eq=False)
 class Snapshot:
-    """Weights, gradient-free, and optimizer state of some parameters, to go back to."""
+    """Weights, gradient-free, and optimizer state of some parameters, to go back to.
+
+    `counts` are the numbers that stand in the optimizer's groups: schedule-free optimizers count their steps there.
+    """
 
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     weights: list[Tensor]
     state: list[dict[str, Any] | None]
+    counts: list[dict[str, float]]
 
     @classmethod
     def take(cls, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> "Snapshot":
@@ -74,6 +79,7 @@ class Snapshot:
             optimizer,
             [value_of(p).detach().clone() for p in parameters],
             [_copied(optimizer.state.get(p)) for p in parameters],
+            [{k: group[k] for k in _numbers(group)} for group in optimizer.param_groups],
         )
 
     def bytes(self) -> int:
@@ -94,6 +100,31 @@ class Snapshot:
                     self.optimizer.state.pop(p, None)
                 else:
                     self.optimizer.state[p] = _copied(state)
+        for group, counts in zip(self.optimizer.param_groups, self.counts, strict=True):
+            for made_since in [k for k in _numbers(group) if k not in counts]:
+                del group[made_since]
+            group.update(counts)
+
+
+def _numbers(group: dict[str, Any]) -> list[str]:
+    return [k for k, v in group.items() if isinstance(v, int | float)]
+
+
+@contextmanager
+def at_average(optimizer: Any) -> Iterator[None]:
+    """Give a schedule-free optimizer's parameters their averaged values inside (its eval mode), then train mode again.
+
+    It takes gradients at a point between its average and its last iterate, but the average is what it has learned.
+    Optimizers without such modes, and None, are left alone.
+    """
+    if not callable(getattr(optimizer, "eval", None)):
+        yield
+        return
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
 
 
 class BatchStream:

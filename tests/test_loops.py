@@ -1,0 +1,243 @@
+"""What other people's loops bring along: accumulation, checkpointing, adapters, compiled blocks, odd optimizers."""
+
+import functools
+from itertools import count, islice, product
+
+import pytest
+import schedulefree
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import ZOO, Plain, first, trained_by
+from peft import LoraConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
+
+from entprog.blocks import find_blocks
+from entprog.modes import set_active
+from entprog.plugin import EntProg
+from entprog.strategy import Progressive
+from entprog.supernet import Snapshot, at_average
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_forgets():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+LINEAR = Progressive(schedule="linear", stages=2)
+REENTRANT = functools.partial(checkpoint, use_reentrant=True)
+
+
+def plugged(model, loss_fn, steps=4, settings=LINEAR, **kwargs):
+    return EntProg(model, loss_fn, held_out=None, train_batches=lambda: islice(count(), 64), total_steps=steps,
+                   strategy=settings, clock="model", **kwargs)  # fmt: skip
+
+
+def wan():
+    torch.manual_seed(0)
+    model, inputs = ZOO["wan"]()
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+    return model, inputs
+
+
+def gradients(model, inputs):
+    trained_by(inputs)(model).mean().backward()
+    taken = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return taken
+
+
+# -- Accelerate -------------------------------------------------------------------------------------------------------
+
+
+def test_a_switch_inside_an_accumulation_window_is_refused():
+    model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
+    prog = plugged(model, trained_by(inputs))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    with accelerator.accumulate(prepared), pytest.raises(RuntimeError, match="before `with accelerator.accumulate"):
+        prog.step(0, optimizer)  # its searches would call an optimizer that does not step
+    accelerator.gradient_state._set_sync_gradients(True)
+    prog.step(0, optimizer)
+    assert prog.active
+
+
+# -- gradient checkpointing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["pass", "prefix", "bypass", "skip"])
+@pytest.mark.parametrize("stem_trains", [True, False])
+@pytest.mark.parametrize("name", ["wan", "flux"])
+def test_non_reentrant_checkpointing_changes_no_gradient_in_any_mode(name, mode, stem_trains):
+    torch.manual_seed(0)
+    model, inputs = ZOO[name]()
+    blocks = find_blocks(model, inputs)
+    model.requires_grad_(stem_trains)
+    set_active(blocks, [blocks[1]], frozen=mode)
+    expected = gradients(model, inputs)
+    model.enable_gradient_checkpointing()
+    checkpointed = gradients(model, inputs)
+    assert checkpointed.keys() == expected.keys() and expected
+    assert all(torch.equal(checkpointed[n], g) for n, g in expected.items())
+
+
+def test_reentrant_checkpointing_is_refused_with_the_way_out():
+    model, inputs = wan()
+    prog = plugged(model, trained_by(inputs))
+    model.enable_gradient_checkpointing(REENTRANT)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        prog.step(0, torch.optim.AdamW(model.parameters()))
+    model.enable_gradient_checkpointing()
+    prog.step(0, torch.optim.AdamW(model.parameters()))
+
+
+def test_a_loss_that_first_runs_without_gradients_is_not_taken_for_reentrant():
+    model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
+
+    def loss_fn(m, batch):
+        with torch.no_grad():
+            m(**inputs)  # self-conditioning, a teacher ...
+        return trained_by(inputs)(m)
+
+    plugged(model, loss_fn).step(0, torch.optim.AdamW(model.parameters()))
+
+
+# -- PEFT -------------------------------------------------------------------------------------------------------------
+
+
+def with_adapters():
+    model, inputs = wan()
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)), inputs
+
+
+def test_blocks_are_found_inside_a_peft_model_and_its_frozen_base_is_never_enabled():
+    model, inputs = with_adapters()
+    trained_by_peft = {n for n, p in model.named_parameters() if p.requires_grad}
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    prog = plugged(model, trained_by(inputs), settings=Progressive(schedule="linear", stages=2, search_budget=0.5))
+    assert [b.name for b in prog.blocks] == [f"base_model.model.blocks.{i}" for i in range(3)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(4):
+        prog.step(step, optimizer)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} <= trained_by_peft
+        trained_by(inputs)(model).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, start[n])} == trained_by_peft
+
+
+def test_a_base_that_was_enabled_before_trains_with_its_adapters():
+    model, inputs = with_adapters()
+    model.requires_grad_(True)
+    prog = plugged(model, trained_by(inputs))
+    prog.step(0, torch.optim.AdamW(model.parameters()))
+    trained = [b for b in prog.blocks if b.name in prog.active]
+    assert all(p.requires_grad for b in trained for p in b.module.parameters())
+
+
+def test_a_peft_model_called_with_positional_arguments():
+    model, inputs = with_adapters()
+
+    def loss_fn(m, batch):
+        return first(m(inputs["hidden_states"], inputs["timestep"], inputs["encoder_hidden_states"])).square().mean()
+
+    assert len(plugged(model, loss_fn).blocks) == 3
+
+
+@pytest.mark.parametrize("mode", ["prefix", "bypass"])
+def test_adapters_that_train_in_a_frozen_block_are_never_cut(mode):
+    model, inputs = with_adapters()
+    blocks = find_blocks(model, inputs)
+    adapters = blocks[0].parameters()
+    set_active(blocks, [], frozen="pass")
+    for p in adapters:
+        p.requires_grad_(True)
+    expected = gradients(model, inputs)
+    set_active(blocks, [], frozen={blocks[0].name: mode})
+    for p in adapters:
+        p.requires_grad_(True)
+    taken = gradients(model, inputs)
+    assert len(expected) == len(adapters) and all(torch.equal(taken[n], g) for n, g in expected.items())
+
+
+def test_always_inside_a_block_is_refused():
+    model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
+    with pytest.raises(ValueError, match="parts of blocks.*blocks.1.mlp"):
+        plugged(model, trained_by(inputs), always=["blocks.1.mlp"])
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def test_compiled_blocks_train_alike_and_stop_compiling_once_every_mode_was_seen():
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    losses = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
+        prog = plugged(model, trained_by(inputs))
+        for block in prog.blocks if compiled else []:
+            block.module.compile(backend=backend)
+        names = [b.name for b in prog.blocks]
+        losses[compiled] = []
+        for _ in range(3):
+            before = len(graphs)
+            for mode, active in product(("bypass", "prefix", "pass", "skip"), (names[1:2], names)):
+                set_active(prog.blocks, active, frozen=mode)
+                losses[compiled].append(trained_by(inputs)(model).mean())
+                losses[compiled][-1].backward()
+                model.zero_grad(set_to_none=True)
+        assert len(graphs) == before and bool(graphs) == compiled, "a third round of switches compiles nothing"
+    assert len(graphs) <= 8, "torch._dynamo's limit of recompiles"
+    assert losses[True] == losses[False]
+
+
+# -- schedule-free ----------------------------------------------------------------------------------------------------
+
+
+def test_a_search_with_a_schedule_free_optimizer_leaves_its_counts_and_judges_its_average():
+    torch.manual_seed(0)
+    model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-2)
+    optimizer.train()
+
+    def train(steps):
+        for _ in range(steps):
+            trained_by(inputs)(model).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    train(3)
+    taken = Snapshot.take(list(model.parameters()), optimizer)
+    train(2)
+    expected = [p.detach().clone() for p in model.parameters()]
+    taken.restore()
+    assert optimizer.param_groups[0]["k"] == 3
+    train(2)
+    assert all(torch.equal(p, e) for p, e in zip(model.parameters(), expected, strict=True))
+    optimizer.eval()
+    average = [p.detach().clone() for p in model.parameters()]
+    optimizer.train()
+    with at_average(optimizer):
+        assert all(torch.allclose(p, a, atol=1e-6) for p, a in zip(model.parameters(), average, strict=True))
+    assert optimizer.param_groups[0]["train_mode"]
+
+
+def test_a_race_with_a_schedule_free_optimizer():
+    torch.manual_seed(0)
+    model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
+    prog = plugged(model, trained_by(inputs), 400, Progressive(search_budget=0.5, stages=1))
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-2)
+    optimizer.train()
+    prog.step(0, optimizer)
+    search = next(e for e in prog.events if e["event"] == "search")
+    assert search["rungs"] and optimizer.param_groups[0]["k"] == search["steps"], "only the kept trajectory counts"
