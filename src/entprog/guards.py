@@ -17,8 +17,8 @@ def check_switchable(
 
     RuntimeError while gradients are pending or inside accelerator.accumulate, whose optimizer would not step.
     ValueError where `run`, which computes the training loss, runs `block` only with autograd off, as reentrant gradient
-    checkpointing does: behind frozen blocks nothing would get a gradient. FSDP2 models are not looked at for that: a forward
-    pass that ends early would leave their gathered weights behind.
+    checkpointing does: behind frozen blocks nothing would get a gradient. FSDP2 models are not looked at for that: a
+    forward pass that ends early changes what they train afterwards.
     """
     accumulating = not getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True)
     if accumulating or any(p.grad is not None for p in model.parameters()):
