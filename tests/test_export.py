@@ -20,8 +20,8 @@ from entprog.config import RunConfig
 from entprog.data.synthetic import figures
 from entprog.export import export, low_rank
 from entprog.layouts import FILTERS, layer_filter, to_original, wan_key
-from entprog.models.pretrained import model_of
-from entprog.train import NEW_MODULES, Trainer
+from entprog.models.pretrained import NEW_MODULES, model_of
+from entprog.train import Trainer
 from entprog.weights import apply_delta, build, content_hash, read_weights
 
 WAN = {

@@ -12,14 +12,17 @@ import torch.multiprocessing as mp
 import two_processes as two
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def in_two(what, folder):
     """What each of two processes found, {name: value} by rank, and the folder they wrote to."""
-    folder = tmp_path_factory.mktemp("ranks")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    mp.spawn(two.work, args=(str(folder), port), nprocs=two.RANKS)
+    mp.spawn(two.work, args=(str(folder), port, what), nprocs=two.RANKS)
     return [torch.load(folder / f"{i}.pt", weights_only=True) for i in range(two.RANKS)], folder
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return in_two("everything", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +151,9 @@ def test_the_trainer_shares_the_batch_and_only_rank_0_writes(ranks, tmp_path):
     assert told == alone, "one log, written once"
 
 
-def test_a_killed_run_of_two_processes_resumes_exactly(ranks):
-    (first, second), _ = ranks
+@pytest.mark.slow
+def test_a_killed_run_of_two_processes_resumes_exactly(tmp_path):
+    (first, second), _ = in_two("resumed", tmp_path)
     assert same(first["resumed"]["weights"], first["trainer"]["weights"])
     assert same(second["resumed"]["weights"], first["trainer"]["weights"])
 

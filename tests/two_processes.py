@@ -325,15 +325,19 @@ def everything(folder):
     found |= {"snapshot": snapshot_after_forward("fsdp"), "mixed": mixed_precision("fsdp")}
     found |= {"agreement": agreement(), "refusals": refusals()}
     found["trainer"] = trained(Path(folder) / "run")
-    found["resumed"] = trained(Path(folder) / "killed", kill_at=13)
     return found
 
 
-def work(me, folder, port):
+def resumed(folder):
+    return {"trainer": trained(Path(folder) / "run"), "resumed": trained(Path(folder) / "killed", kill_at=13)}
+
+
+def work(me, folder, port, what):
+    """Be one of two processes that run `what`, a function of this file, on a folder."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(me), "LOCAL_RANK": str(me), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo")
-    torch.save(everything(folder), f"{folder}/{me}.pt")
+    torch.save(globals()[what](folder), f"{folder}/{me}.pt")
     dist.barrier()
     dist.destroy_process_group()
