@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from conftest import Plain, first, trained_by
+from zoo import build
 
-from entprog.blocks import find_blocks
+from entprog.blocks import batch_size, find_blocks, first_tensor
 from entprog.modes import mode_of, skip
 from entprog.priority import PRIORITIES, agreement, score
 
@@ -104,3 +105,33 @@ def test_agreement_of_a_score_with_itself_is_one():
     a, b = score(None, blocks, None, [], "first"), score(None, blocks, None, [], "last")
     assert agreement(a, a) == {"spearman": pytest.approx(1), "kendall": pytest.approx(1)}
     assert agreement(a, b)["spearman"] == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "UNetMotionModel", "FluxTransformer2DModel"])
+def test_block_influence_is_one_number_a_sample_whatever_the_stream(name):
+    model, inputs = build(name)
+    blocks = find_blocks(model, inputs)
+    scores = score(model, blocks, lambda m, b: first_tensor(m(**b)), [inputs], "block_influence")
+    assert scores.samples == batch_size(inputs) and all(0 <= v <= 2 for v in scores.values.values())
+    with torch.no_grad():
+        for p in blocks[1].parameters():
+            p.zero_()
+    again = score(model, blocks, lambda m, b: first_tensor(m(**b)), [inputs], "block_influence")
+    assert again.values[blocks[1].name] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cei", "loss", "block_influence", "grad_norm", "gain"])
+def test_every_batch_draws_noise_of_its_own(name):
+    model, drawn = Plain(), []
+
+    def loss(m, batch):
+        drawn.append(torch.rand(()).item())
+        return m(batch).square().mean()
+
+    def predict(m, batch):
+        drawn.append(torch.rand(()).item())
+        return m(batch)
+
+    x = torch.randn(1, 3, 8)
+    score(model, find_blocks(model, {"x": x}), predict, [x, x, x], name, loss_fn=loss)
+    assert len(set(drawn)) == 3

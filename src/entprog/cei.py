@@ -136,12 +136,12 @@ def relative_change(full: Tensor, skipped: Tensor) -> Tensor:
 
 
 def plain_predictions(
-    model: nn.Module, blocks: Sequence[Block], predict: Predict, batch: Any
+    model: nn.Module, blocks: Sequence[Block], predict: Predict, batch: Any, seed: int = 0
 ) -> tuple[Tensor, Iterator[tuple[Block, Tensor]]]:
     """Predict with the whole model, then with each block skipped: the slow, obvious way the other is tested against."""
 
     def run() -> Tensor:
-        with own_noise(model, 0):
+        with own_noise(model, seed):
             return predict(model, batch)
 
     def skips() -> Iterator[tuple[Block, Tensor]]:
@@ -153,7 +153,7 @@ def plain_predictions(
 
 
 def suffix_predictions(
-    model: nn.Module, blocks: Sequence[Block], predict: Predict, batch: Any
+    model: nn.Module, blocks: Sequence[Block], predict: Predict, batch: Any, seed: int = 0
 ) -> tuple[Tensor, Iterator[tuple[Block, Tensor]]]:
     """Predict as `plain_predictions` does, but run only what follows the skipped block.
 
@@ -173,21 +173,21 @@ def suffix_predictions(
 
     handles = [b.module.register_forward_hook(recorder(b)) for b in blocks]
     try:
-        with own_noise(model, 0):
+        with own_noise(model, seed):
             full = predict(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     if len(order) != len(blocks):
         recorded.clear()
-        return full, plain_predictions(model, blocks, predict, batch)[1]
+        return full, plain_predictions(model, blocks, predict, batch, seed)[1]
 
     def skips() -> Iterator[tuple[Block, Tensor]]:
         with running(order, "train"):
             for block in order[:-1]:
                 set_mode(block, "replay", replayed=recorded[block.name][0])
             for block in reversed(order):
-                with skip(block), own_noise(model, 0):
+                with skip(block), own_noise(model, seed):
                     prediction = predict(model, batch)
                 set_mode(block, "train")
                 recorded.pop(block.name)
@@ -282,15 +282,16 @@ def by_skipping(
     """Score every block by comparing predictions with and without it, sample by sample, in eval mode.
 
     `predict(model, batch)` returns the raw prediction (B, ...); what it draws at random is the same with and without
-    the block. `t(batch)` gives each sample's time for the per-tau scores. With `stop`, batches are left over once the
-    top-m sets in it are stable. Several processes score batches of their own; all get the scores of all samples.
+    the block, and another for every batch. `t(batch)` gives each sample's time for the per-tau scores. With `stop`,
+    batches are left over once the top-m sets in it are stable. Several processes score batches of their own; all get
+    the scores of all samples.
     """
     columns = {b.name: i for i, b in enumerate(blocks)}
     values, changes, times = [], [], []
     stopped = False
     with evaluating(model), running(blocks, "train"):
-        for batch in in_step(model, batches):
-            full, skips = predictions(model, blocks, predict, batch)
+        for seed, batch in enumerate(in_step(model, batches)):
+            full, skips = predictions(model, blocks, predict, batch, seed)
             rows = torch.empty(len(full), len(blocks))
             change = torch.empty(len(full), len(blocks))
             for block, skipped in skips:

@@ -17,6 +17,7 @@ from entprog.blocks import Block, batch_size, evaluating
 from entprog.cei import Scores, Stop, Times, by_skipping, cei, inflation, knn_entropy, make_scores, relative_change
 from entprog.cei import gaussian_entropy as gaussian
 from entprog.modes import LossFn, Predict, preserved, running, set_active
+from entprog.probe import Arguments
 
 Priority = Callable[..., Scores]
 
@@ -67,6 +68,17 @@ def loss(
     return scores
 
 
+def _stream(
+    block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> tuple[Tensor, Tensor]:
+    """Return a block's first stream without its residual branch, and as the block returned it."""
+    if block.outputs is None:  # not verified: the first argument that has the output's shape
+        after = output if isinstance(output, Tensor) else next(v for v in output if isinstance(v, Tensor))
+        return next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.shape == after.shape), after
+    pairs = zip(block.outputs.bases(Arguments(module, args, kwargs)), block.outputs.unpack(output), strict=True)
+    return next((base, value) for base, value in pairs if base is not None and value is not None)
+
+
 def block_influence(
     model: nn.Module,
     blocks: Sequence[Block],
@@ -82,21 +94,19 @@ def block_influence(
 
     def hook_for(column: int, row: Tensor) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            first_in = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-            first_out = output if isinstance(output, Tensor) else next(v for v in output if isinstance(v, Tensor))
-            if first_in.shape != first_out.shape:  # two streams returned in the other order
-                first_in = next(v for v in (*args, *kwargs.values()) if v.shape == first_out.shape)
-            cosine = torch.cosine_similarity(first_in.float(), first_out.float(), dim=-1)
-            row[:, column] = 1 - cosine.flatten(1).mean(1).cpu()
+            before, after = _stream(blocks[column], module, args, kwargs, output)
+            images = before.ndim > 3 and any(isinstance(m, nn.Conv2d | nn.Conv3d) for m in module.modules())
+            cosine = torch.cosine_similarity(before.float(), after.float(), dim=1 if images else -1)
+            row[:, column] = 1 - cosine.reshape(len(row), -1).mean(1).cpu()  # frames may be folded into the batch
 
         return hook
 
     with evaluating(model), running(blocks, "train"):
-        for batch in parallel.in_step(model, batches):
+        for seed, batch in enumerate(parallel.in_step(model, batches)):
             row = torch.zeros(batch_size(batch), len(blocks))
             handles = [b.module.register_forward_hook(hook_for(i, row), with_kwargs=True) for i, b in enumerate(blocks)]
             try:
-                with parallel.own_noise(model, 0):
+                with parallel.own_noise(model, seed):
                     predict(model, batch)
             finally:
                 for handle in handles:
@@ -115,8 +125,10 @@ def _samples(batch: Any) -> list[Any]:
     return [{k: v[i : i + 1] for k, v in batch.items()} for i in range(counts.pop())]
 
 
-def _block_gradients(model: nn.Module, blocks: Sequence[Block], loss_fn: LossFn, batch: Any) -> list[list[Tensor]]:
-    """Gradients of every block's parameters, all blocks trainable, noise from a fixed seed.
+def _block_gradients(
+    model: nn.Module, blocks: Sequence[Block], loss_fn: LossFn, batch: Any, seed: int
+) -> list[list[Tensor]]:
+    """Gradients of every block's parameters, all blocks trainable, noise from a seed.
 
     One sample at a time, so that scoring with gradients of all blocks holds the activations of one sample only. The
     mean over all ranks' samples in several processes.
@@ -126,7 +138,7 @@ def _block_gradients(model: nn.Module, blocks: Sequence[Block], loss_fn: LossFn,
     pending = [p.grad for p in flat]
     total = [torch.zeros_like(p) for p in flat]
     samples = _samples(batch)
-    with preserved(model, blocks), parallel.own_noise(model, 0), torch.enable_grad():
+    with preserved(model, blocks), parallel.own_noise(model, seed), torch.enable_grad():
         for p in flat:
             p.grad = None
         set_active(blocks, blocks)
@@ -154,8 +166,8 @@ def grad_norm(
     """Norm of the block's gradient, |g_b|, one value per batch."""
     fn = _needs(loss_fn, "grad_norm")
     rows = [
-        [parallel.inner(grads, grads) ** 0.5 for grads in _block_gradients(model, blocks, fn, batch)]
-        for batch in parallel.in_step(model, batches)
+        [parallel.inner(grads, grads) ** 0.5 for grads in _block_gradients(model, blocks, fn, batch, seed)]
+        for seed, batch in enumerate(parallel.in_step(model, batches))
     ]
     return make_scores("grad_norm", [b.name for b in blocks], torch.tensor(rows))
 
@@ -177,7 +189,8 @@ def gain(
     ValueError with fewer than two batches.
     """
     fn = _needs(loss_fn, "gain")
-    grads = [_block_gradients(model, blocks, fn, batch) for batch in parallel.in_step(model, batches)]
+    each = enumerate(parallel.in_step(model, batches))
+    grads = [_block_gradients(model, blocks, fn, batch, seed) for seed, batch in each]
     if len(grads) < 2:
         raise ValueError(
             f"priority 'gain' needs at least 2 batches, one to step on and one to judge by: got {len(grads)}"
