@@ -10,10 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from entprog import frozen, plugin
 from entprog.blocks import Block, find_blocks
+from entprog.bypass import fidelity
 from entprog.ema import Ema
 from entprog.frozen import PRECISIONS, set_value, settle_weights, thaw, value_of, weight_bytes
 from entprog.measure import saved_bytes
-from entprog.modes import MODES, fidelity, mode_of, set_active, skip
+from entprog.modes import MODES, mode_of, set_active, skip
 from entprog.ring import Ring
 from entprog.strategy import Progressive
 from entprog.supernet import Snapshot

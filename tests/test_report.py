@@ -1,5 +1,6 @@
 """The report shows what a run folder holds, says what it does not hold, and needs nothing but itself."""
 
+import base64
 import io
 import json
 import re
@@ -43,7 +44,7 @@ def events() -> list[dict[str, Any]]:
         {"event": "modes", "step": 0, "progress": 0.0, "stage": 0, "active": NAMES[4:], "modes": modes[0]},
         {"event": "search", "step": 40, "progress": 0.5, "stage": 1, **search},
         {"event": "modes", "step": 40, "progress": 0.5, "stage": 1, "active": NAMES[2:], "modes": modes[1]}
-        | {"fidelity": fidelity},
+        | {"fidelity": fidelity, "fidelity_curve": [{"size": 0, **fidelity}, {"size": 2, **fidelity, "cosine": 0.9}]},
         {"event": "unheard of", "step": 41, "progress": 0.51},
         {"event": "done", "step": 80, "progress": 1.0},
     ]
@@ -156,7 +157,7 @@ def test_comparison_shows_every_strategy_clip_and_decision(tmp_path: Path):
 
 def test_single_run_folder_works(tmp_path: Path):
     page = page_of(single(tmp_path))
-    assert "ent-prog ended at a held-out loss of 0.4000" in page and page.count('class="chart"') == 5
+    assert "ent-prog ended at a held-out loss of 0.4000" in page and page.count('class="chart"') == 6
 
 
 def test_missing_files_are_said_not_invented(tmp_path: Path):
@@ -231,6 +232,16 @@ def test_sparse_events_and_scores_still_give_charts(tmp_path: Path):
     (folder / "events.jsonl").write_text("\n".join(json.dumps(e) for e in lines))
     page = page_of(folder)
     assert "the budget paid for no race" in page and page.count('class="chart"') == 4
+
+
+def test_measured_fidelities_are_drawn_for_the_choices_that_measured_some(tmp_path: Path):
+    folder = single(tmp_path)
+    page = page_of(folder)
+    assert page.count("Gradient fidelity over the number of bypassed blocks") == 1
+    image = re.search(r'src="data:image/svg\+xml;base64,([^"]+)" alt="Gradient fidelity over', page)
+    drawn = base64.b64decode(image[1]).decode()
+    assert "stage 1, 4 active" in drawn and "stage 0" not in drawn
+    assert "norm ratio" in drawn and "new modules" not in drawn, "nothing outside blocks trained"
 
 
 def test_verdict_does_not_call_unmeasured_time_unreached():

@@ -1,8 +1,10 @@
 """entprog: train the blocks of a video diffusion model that matter, and let the others cost nothing."""
 
 from entprog.blocks import Block, find_blocks
+from entprog.bypass import fidelity
 from entprog.cei import Scores, Stop
-from entprog.modes import fidelity, set_active, skip
+from entprog.checkpointing import checkpoint_blocks
+from entprog.modes import set_active, skip
 from entprog.parallel import data_parallel, fully_sharded
 from entprog.plan import cost_aware, plan
 from entprog.plugin import EntProg
@@ -19,6 +21,7 @@ __all__ = [
     "Progressive",
     "Scores",
     "Stop",
+    "checkpoint_blocks",
     "cost_aware",
     "data_parallel",
     "fidelity",

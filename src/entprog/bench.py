@@ -19,6 +19,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from entprog.blocks import Block, evaluating, find_blocks, record_example
+from entprog.bypass import fidelity
 from entprog.config import RunConfig, check_same
 from entprog.data.batches import Batch, Data, fixed_batches, load_data
 from entprog.data.cache import Stored
@@ -31,7 +32,7 @@ from entprog.metrics.protocol import bootstrap_interval
 from entprog.models.autoencoder import Autoencoder
 from entprog.models.pretrained import model_of
 from entprog.models.wan import is_pipeline
-from entprog.modes import LossFn, fidelity, preserved, set_active
+from entprog.modes import LossFn, preserved, set_active
 from entprog.objective import OBJECTIVES
 from entprog.parallel import on_cpus
 from entprog.sample import sample

@@ -40,6 +40,9 @@ class Block:
     with an example, the modules outside the block that read them (DiT's head reads the first block's time embedding).
     Skipping such a block leaves out its own calls only. Freezing it freezes the other use too, and a parameter that two
     blocks hold trains when either of them does.
+
+    `attention` names the modules inside that are self-attention, `segments` those that keep most for backward; both are
+    found at the first call that needs them.
     """
 
     index: int
@@ -51,6 +54,8 @@ class Block:
     apart: frozenset[str] = field(
         default=frozenset(), repr=False
     )  # names of what was frozen beside trainable parameters
+    attention: tuple[str, ...] | None = field(default=None, repr=False)
+    segments: tuple[str, ...] | None = field(default=None, repr=False)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the block's own floating-point parameters that may train, the only ones that freezing concerns."""

@@ -37,6 +37,7 @@ class RunConfig:
     active_share: float | None = None
     frozen: str | None = None
     min_fidelity: float | None = None
+    min_new_fidelity: float | None = None
     skip: float | None = None
     restore_at: float | None = None
     stem: str | None = None

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from entprog import parallel
 from entprog.blocks import Block, batch_size, by_name, find_blocks, forked_rng, outside_blocks, record_example
+from entprog.bypass import choose_bypass, choose_skips
 from entprog.cei import Scores, Stop, with_inherited
+from entprog.checkpointing import checkpointed
 from entprog.guards import check_switchable
 from entprog.measure import (
     MODEL_CLOCK_FLOPS,
@@ -27,7 +29,7 @@ from entprog.measure import (
     tensor_bytes,
     training_bytes,
 )
-from entprog.modes import LossFn, Predict, choose_bypass, choose_skips, mode_of, predict_by_loss, running, set_active
+from entprog.modes import LossFn, Predict, mode_of, predict_by_loss, running, set_active
 from entprog.priority import agreement, score
 from entprog.schedule import SCHEDULES, Candidate, at_least_one, block_modes, block_sets, block_sizes
 from entprog.strategy import Progressive, ent_prog
@@ -128,7 +130,8 @@ class EntProg:
         """Let the model clock run on by one pass of a batch over the blocks in their present modes."""
         if self._cost is not None:
             modes = {b.name: mode_of(b) for b in self.blocks}
-            flops = self._cost.step(modes) if backward else self._cost.forward(modes)
+            again = checkpointed(self.blocks)
+            flops = self._cost.step(modes, checkpointed=again) if backward else self._cost.forward(modes)
             self.model_seconds += batch_size(batch) / self._cost.samples * flops / MODEL_CLOCK_FLOPS
 
     def _prediction(self, model: nn.Module, batch: Any) -> Tensor:
@@ -288,8 +291,8 @@ class EntProg:
                 self._loss,
                 list(islice(self._score_batches(), 2)),
                 active,
-                [n for n in reversed(self._ranking()) if n in frozen],
                 min_fidelity=self.settings.min_fidelity,
+                min_new_fidelity=self.settings.min_new_fidelity,
                 skipped=skipped,
             )
 
@@ -357,7 +360,9 @@ class EntProg:
         """Seconds of one training step of a candidate (Trial), by FLOPs from the one timed full step."""
         cost = self._step_cost()
         whole = self._modes_of(Candidate(len(self.candidates)), ())
-        return self._full_step_seconds() * cost.step(self._modes_of(candidate)) / cost.step(whole)
+        again = checkpointed(self.blocks)
+        flops = [cost.step(modes, checkpointed=again) for modes in (self._modes_of(candidate), whole)]
+        return self._full_step_seconds() * flops[0] / flops[1]
 
     def cost(self, candidate: Candidate) -> float:
         """Seconds of one training step of a candidate (Trial): FLOPs by the model clock, else timed and recorded."""
@@ -368,7 +373,7 @@ class EntProg:
         before = dict(self.modes)
         self.switch(candidate)
         if self.clock == "model":
-            seconds = self._step_cost().seconds(self.modes)
+            seconds = self._step_cost().seconds(self.modes, checkpointed=checkpointed(self.blocks))
         else:
             start, times = self.snapshot(), []
             for _ in range(TIMING_STEPS):

@@ -42,6 +42,7 @@ NET = tuple(LEDGER_COLOURS)  # what counts when strategies are compared; the res
 LEDGER_COLOURS |= {"held_out": "#c9b458", "checkpoint": "#a6568a", "sampling": "#b9a7d0", "other": "#8c8c8c"}
 MODE_COLOURS = {"train": "#d55e00", "pass": "#f3c79a", "prefix": "#d5dce2"}
 MODE_COLOURS |= {"bypass": "#5aa9d6", "bypass_attn": "#1f5f8b", "skip": "#333333"}
+FIDELITY_COLOURS = {"cosine": "#0072b2", "norm_ratio": "#8c8c8c", "new_modules_cosine": "#d95f02"}
 CLIP_TYPES = {".png": "image/png", ".webp": "image/webp", ".gif": "image/gif"}
 SHARED_CLIPS = ("reference", "pose", "truth")
 
@@ -177,7 +178,7 @@ def _content(folder: Path, results: dict[str, Any], runs: list[Run]) -> dict[str
         "curves": _curve_chart(curves) if curves else None,
         "scores": {r.name: (score_chart(r.scores[0]), r.scores) for r in runs if r.scores},
         "searches": {r.name: (_search_chart(r), r.of("search")) for r in runs if r.of("search")},
-        "maps": {r.name: (_map_chart(r), r.of("modes")) for r in runs if r.of("modes")},
+        "maps": {r.name: (_map_chart(r), _fidelity_chart(r), r.of("modes")) for r in runs if r.of("modes")},
     }
 
 
@@ -355,6 +356,25 @@ def _map_chart(run: Run) -> str:
     axes.set(xlabel="progress of the run", xlim=(0, max(1.0, edges[-1])))
     handles = [Patch(color=c, label=k) for k, c in zip(kinds, colours, strict=True)]
     figure.legend(handles=handles, loc="outside upper left", ncols=7, fontsize=8)
+    return svg(figure)
+
+
+def _fidelity_chart(run: Run) -> str | None:
+    """Draw what each choice of bypassed blocks was made on: gradient fidelity over the size of the set."""
+    events = [e for e in run.of("modes") if e.get("fidelity_curve")]
+    if not events:
+        return None
+    figure = Figure(figsize=(min(10.5, 3.5 * len(events)), 2.4))
+    for axes, event in zip(figure.subplots(1, len(events), squeeze=False)[0], events, strict=True):
+        sizes = [point["size"] for point in event["fidelity_curve"]]
+        for key, colour in FIDELITY_COLOURS.items():
+            values = [point.get(key) for point in event["fidelity_curve"]]
+            if any(v is not None for v in values):
+                axes.plot(sizes, values, "o-", ms=3.5, lw=1.2, color=colour, label=key.replace("_", " "))
+        axes.axvline((event.get("fidelity") or {"size": 0}).get("size", 0), color="black", ls=":", lw=1)
+        axes.set(xlabel="frozen blocks not exact", title=f"stage {event.get('stage')}, {len(event['active'])} active")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.axes[0].legend(fontsize=7.5)
     return svg(figure)
 
 

@@ -22,8 +22,10 @@ class Progressive:
 
     priority, schedule, search: rows of PRIORITIES, SCHEDULES, SEARCHES. stages: K, each an equal share of the run.
     active_share: for `fixed`. grid: shares of L that `adaptive` may choose.
-    frozen: "bypass" (down to min_fidelity) or "pass". skip: largest share of blocks that may sit out, until
-    restore_at of the run. stem: pretrained modules outside blocks train "late" (with block 0), "always" or "never".
+    frozen: "bypass" or "pass"; as many are bypassed as leave the gradients a cosine of min_fidelity to the exact ones,
+    and those of what trains outside blocks (a new pose encoder) min_new_fidelity. skip: largest share of blocks that
+    may sit out, until restore_at of the run. stem: pretrained modules outside blocks train "late" (with block 0),
+    "always" or "never".
     search_budget, score_budget: shares of a stage and of the run. rescore: rank again at every "stage" or "never".
     adapters: every block carries LoRA adapters that train throughout, so a frozen block passes exact gradients on.
     also_score: priorities measured beside for the record, their rank correlation with the deciding one logged.
@@ -37,6 +39,7 @@ class Progressive:
     grid: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75, 1.0)
     frozen: str = "bypass"
     min_fidelity: float = 0.98
+    min_new_fidelity: float = 0.9
     skip: float = 0.0
     restore_at: float = 0.7
     stem: str = "late"

@@ -92,24 +92,19 @@ class PoseGuider(nn.Module):
         return features.flatten(2).transpose(1, 2).unflatten(0, (batch, frames))
 
 
-class PoseDiTBlock(nn.Module):
-    """One residual block: attention over space (with the reference's tokens) or over time, then an MLP."""
+class PoseDiTAttention(nn.Module):
+    """Attention over space (with the reference's tokens) or over time.
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, mlp_ratio: float, axis: str, motion_module: bool = False
-    ) -> None:
+    The block's projections are given at each call: a module of its own, so that the attention can be found and run
+    without a gradient, but no parameter of its own, so that saved weights keep their names.
+    """
+
+    def __init__(self, num_heads: int, axis: str) -> None:
         super().__init__()
-        self.axis, self.num_heads, self.motion_module = axis, num_heads, motion_module
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        inner = int(hidden_size * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU("tanh"), nn.Linear(inner, hidden_size))
-        self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
+        self.num_heads, self.axis = num_heads, axis
 
-    def _attention(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, F+1, N, D)
+    def forward(self, x: Tensor, qkv: nn.Module, proj: nn.Module) -> Tensor:
+        q, k, v = qkv(x).chunk(3, dim=-1)  # (B, F+1, N, D)
         if self.axis == "space":
             reference_k, reference_v = k[:, :1].expand_as(k), v[:, :1].expand_as(v)
             k, v = torch.cat((k, reference_k), dim=2), torch.cat((v, reference_v), dim=2)  # (B, F+1, 2N, D)
@@ -118,7 +113,27 @@ class PoseDiTBlock(nn.Module):
         q, k, v = (z.unflatten(-1, (self.num_heads, -1)).transpose(2, 3).flatten(0, 1) for z in (q, k, v))
         y = attend(q, k, v)
         y = y.unflatten(0, (x.shape[0], -1)).transpose(2, 3).flatten(-2)
-        return self.proj(y if self.axis == "space" else y.transpose(1, 2))
+        return proj(y if self.axis == "space" else y.transpose(1, 2))
+
+
+class PoseDiTBlock(nn.Module):
+    """One residual block: attention over space (with the reference's tokens) or over time, then an MLP."""
+
+    self_attention = ("attention",)  # what entprog's mode bypass_attn cuts
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, axis: str, motion_module: bool = False
+    ) -> None:
+        super().__init__()
+        self.axis, self.motion_module = axis, motion_module
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.attention = PoseDiTAttention(num_heads, axis)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        inner = int(hidden_size * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU("tanh"), nn.Linear(inner, hidden_size))
+        self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # x (B, F+1, N, D), c (B, 6, D)
         modulation = (self.scale_shift_table + c)[:, :, None, None].unbind(1)  # 6 x (B, 1, 1, D)
@@ -127,7 +142,7 @@ class PoseDiTBlock(nn.Module):
         h = self.norm1(x) * (1 + scale1) + shift1
         if self.motion_module:
             h = h + frame_positions(x)
-        x = x + gate1 * self._attention(h)
+        x = x + gate1 * self.attention(h, self.qkv, self.proj)
         x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return x if still is None else torch.cat((still, x), dim=1)
 
