@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from wan_cases import SHAPES, TARGETS, TWINS, Case, Shape, active_of, bound_of, cases
 
 from entprog.blocks import Block, find_blocks
+from entprog.checkpointing import checkpoint_blocks
 from entprog.frozen import settle_weights
 from entprog.measure import saved_bytes, tensor_bytes, training_bytes
 from entprog.modes import set_active
@@ -104,7 +105,8 @@ def prepare(case: Case, model: Any, shape: Shape, device: torch.device) -> None:
         model.proj_out.requires_grad_(True)
         model.scale_shift_table.requires_grad_(True)
         settle_weights(model, blocks, case.precision)
-    if case.checkpointing:
+        checkpoint_blocks(blocks, case.checkpointing, model=model)
+    elif case.checkpointing != "none":
         model.enable_gradient_checkpointing()
 
 
@@ -290,7 +292,7 @@ class Manager:
             self.profiles[case.model] = profile(
                 model, inputs, blocks=names, device=on, dtype=dtype, lora_rank=shape.rank
             )
-        return bound_of(case, self.profiles[case.model])
+        return bound_of(case, self.profiles[case.model], shape)
 
     def run(self, case: Case, count: tuple[int, int]) -> dict[str, Any]:
         """Measure a case, or say why not."""
@@ -329,7 +331,8 @@ def dry_run(manager: Manager) -> None:
     for case in cases():
         found, full = manager.bound(case), manager.bound(Case(case.model, "full"))
         share = f"1/{full['flops'] / found['flops']:.2f}"
-        table.add_row(case.name(), f"{found['flops'] / 1e15:.2f}", share, f"{found['predicted'] / 1e9:.1f}")
+        held = f"{found['predicted'] / 1e9:.1f}" if "predicted" in found else ""
+        table.add_row(case.name(), f"{found['flops'] / 1e15:.2f}", share, held)
     console.print(table)
 
 
