@@ -70,6 +70,9 @@ def test_configuration_round_trips_and_errors_name_the_choices(tmp_path):
             make_config(wrong)
     with pytest.raises(ValueError, match="key=value"):
         load_config(tmp_path / "c.yaml", ["steps"])
+    assert load_config(tmp_path / "c.yaml", ["mixed_precision=no"]).mixed_precision == "no"  # YAML says False
+    with pytest.raises(ValueError, match="mixed_precision = True"):
+        load_config(tmp_path / "c.yaml", ["mixed_precision=yes"])
 
 
 def test_exit_codes(tmp_path, capsys):
@@ -81,6 +84,26 @@ def test_exit_codes(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["nonsense"])
     assert stop.value.code == 2
+
+
+def test_bad_input_is_told_as_it_is_without_a_traceback(tmp_path, capsys, monkeypatch):
+    def told(*command):
+        assert main(command) == 2
+        return " ".join(capsys.readouterr().out.split())
+
+    out = ["--out", str(tmp_path / "run")]
+    assert "Is a directory" in told("train", str(tmp_path), *out)
+    (tmp_path / "torn.yaml").write_text("steps: [1")
+    assert "torn.yaml" in told("train", str(tmp_path / "torn.yaml"), *out)
+    (tmp_path / "torn.safetensors").write_bytes(b"x")
+    assert "eader" in told("export", str(tmp_path / "torn.safetensors"), "--as", "single-file", *out)
+    assert "[/x] [wan]" in told("report", "[/x] [wan]")
+
+    def missing(*_):
+        raise ImportError("install the extra pose, pip install -e '.[pose]' in a clone")
+
+    monkeypatch.setattr("entprog.report.write_report", missing)
+    assert "pip install -e '.[pose]'" in told("report", str(tmp_path))
 
 
 def test_every_field_of_the_settings_can_be_set_by_one_word():

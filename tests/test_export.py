@@ -269,6 +269,35 @@ def test_any_network_can_be_saved_as_delta_and_lora(tmp_path):
     assert report["output_error"]["relative"] > 1e-4 > report["linear_error"]
 
 
+@pytest.mark.parametrize("form", ["delta", "single-file"])
+def test_tied_weights_are_saved_in_full(form, tmp_path):
+    torch.manual_seed(0)
+    base, inputs = ZOO["pose_dit"]()
+    first_block, second = (b.module for b in find_blocks(base)[:2])
+    for name, module in second.named_modules():
+        if isinstance(module, nn.Linear):
+            module.weight = first_block.get_submodule(name).weight
+    model = trained(base)
+    export(model, form, tmp_path / "tied.safetensors", base=base if form == "delta" else None)
+    again = read_weights(tmp_path / "tied.safetensors", base)
+    assert same(again.tensors, model.state_dict()) and torch.equal(output(build(again), inputs), output(model, inputs))
+
+
+def test_adapters_are_merged_first(wan, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, _ = wan
+    config = peft.LoraConfig(r=2, target_modules=["to_q"])
+    for adapted in (peft.get_peft_model(copy.deepcopy(base), config), copy.deepcopy(base)):
+        if adapted.__class__ is type(base):
+            adapted.add_adapter(config)
+        with pytest.raises(ValueError, match="merge_and_unload"):
+            export(adapted, "diffusers", tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    merged = peft.get_peft_model(copy.deepcopy(base), config).merge_and_unload()
+    export(merged, "diffusers", tmp_path / "whole")
+    assert same(read_weights(tmp_path / "whole").tensors, base.state_dict())
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +314,7 @@ def test_refusals_say_what_to_do(wan, tmp_path):
         (model, "gguf", {}, "choose one of.*'single-file'"),
         (model, "delta", {}, "needs the base"),
         (model, "diffusers", {"rank": 3}, r"no option \['rank'\]"),
-        (model, "lora", {"base": base}, "exactly one"),
+        (model, "lora", {"base": base}, "--rank 32.*--energy 0.9"),
         (model, "lora", {"base": base, "rank": 3, "energy": 0.5}, "exactly one"),
         (model, "lora", {"base": base, "energy": 1.5}, r"in \(0, 1\]"),
         (model, "lora", {"base": base, "rank": 0}, "at least 1"),
@@ -331,7 +360,10 @@ def test_a_run_is_exported_with_its_own_base_and_scores_and_comes_back(tmp_path,
     assert main(command) == 2 and main([*command, "--base", str(tmp_path / "run")]) == 2  # no base, another base
     command = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "l.safetensors"), "--as"]
     assert main([*command, "lora", "--rank", "4"]) == 0 and main([*command, "zip"]) == 2
-    assert "total_error" in capsys.readouterr().out
+    told = "".join(capsys.readouterr().out.split())
+    assert "total_error" in told and "l.json" in told and "see" + str(tmp_path / "l.safetensors") not in told
+    command = ["export", str(tmp_path / "run"), "--as", "single-file", "--out", str(tmp_path)]
+    assert main(command) == 2 and "is a folder" in " ".join(capsys.readouterr().out.split())
 
 
 def test_score_prints_the_best_blocks_as_a_filter(capsys):

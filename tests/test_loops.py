@@ -1,6 +1,7 @@
 """What other people's loops bring along: accumulation, checkpointing, adapters, compiled blocks, odd optimizers."""
 
 import functools
+from dataclasses import replace
 from itertools import count, islice, product
 
 import pytest
@@ -104,6 +105,28 @@ def test_a_loss_that_first_runs_without_gradients_is_not_taken_for_reentrant():
         return trained_by(inputs)(m)
 
     plugged(model, loss_fn).step(0, torch.optim.AdamW(model.parameters()))
+
+
+class Referred(Plain):
+    """A network with a reference net, whose features need no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.reference = Plain()
+
+    def forward(self, x):
+        with torch.no_grad():
+            known = self.reference(x)
+        return super().forward(x + known)
+
+
+def test_a_reference_network_without_gradients_is_not_taken_for_reentrant():
+    model, inputs = Referred(), {"x": torch.randn(4, 5, 8)}
+    own = find_blocks(model, inputs)
+    others = [replace(b, name=f"reference.{b.name}") for b in find_blocks(model.reference, inputs)]
+    prog = plugged(model, trained_by(inputs), blocks=[*others, *own], candidates=[b.name for b in own])
+    prog.step(0, torch.optim.AdamW(model.parameters()))
+    assert prog.active and not any(name.startswith("reference") for name in prog.active)
 
 
 # -- PEFT -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from conftest import ZOO
 
 import entprog
 from entprog.blocks import find_blocks
+from entprog.cei import make_scores
 from entprog.cli import main
 from entprog.measure import StepCost
 from entprog.plan import Budget, check, modes_for, parse_bytes, spread
@@ -200,6 +201,8 @@ def test_costs_of_a_plan_feed_cost_aware():
     plan = small()
     costs = plan.costs()
     whole = sum(sum(c.values()) for c in costs.values())
+    scores = make_scores("cei", list(costs), torch.rand(3, len(costs)))
+    assert entprog.cost_aware(scores, costs, 0.7 * whole) == entprog.cost_aware(scores.values, costs, 0.7 * whole)
     assert entprog.cost_aware(dict.fromkeys(costs, 1.0), costs, whole) == list(plan.blocks)
     assert entprog.cost_aware(dict.fromkeys(costs, 1.0), costs, 0.7 * whole) != list(plan.blocks)
 

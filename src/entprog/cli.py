@@ -13,11 +13,23 @@ from typing import Any
 
 import yaml
 from rich.table import Table
+from safetensors import SafetensorError
 
 from entprog.cli_plan import add_plan
 from entprog.cli_prepare import add_prepare
 from entprog.config import load_config, make_config
 from entprog.tables import console, evaluation_table, progress_bar, results_table
+
+BAD_INPUT = (
+    ValueError,
+    yaml.YAMLError,
+    SafetensorError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,
+    ImportError,  # of an extra that is not installed
+)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -71,7 +83,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         whole = len(data.records)
         data.records = [r for r in data.records if r["id"] in videos]
         if len(data.records) < whole:
-            console.print(f"[yellow]{len(data.records)} of the {whole} clips of split {args.split} have a video")
+            told = f"{len(data.records)} of the {whole} clips of split {args.split} have a video"
+            console.print(told, style="yellow", markup=False)
     with progress_bar() as show:
         result = evaluate(
             videos, data, estimate=PoseEstimator(), networks=tuple(args.networks), device=str(best_device()),
@@ -114,7 +127,8 @@ def _train(args: argparse.Namespace) -> None:
         return
     console.print(results_table({config.strategy: results}))
     if (out / "data_errors.json").exists():
-        console.print(f"[yellow]some clips could not be read: see {out / 'data_errors.json'}")
+        told = f"some clips could not be read: see {out / 'data_errors.json'}"
+        console.print(told, style="yellow", markup=False)
     console.print(f"model: {out / 'checkpoints' / 'final'}\nreport: {write_report(out)}")
 
 
@@ -248,8 +262,9 @@ def _export(args: argparse.Namespace) -> None:
 
         options["example"] = load_file(args.example)
     written = export(args.source, args.form, args.out, base=args.base, **options)
+    lists = Path(args.out).with_suffix(".json") if args.form == "lora" else args.out
     for name, value in written.items():
-        told = value if not isinstance(value, list | dict) or len(value) <= 8 else f"{len(value)}, see {args.out}"
+        told = value if not isinstance(value, list | dict) or len(value) <= 8 else f"{len(value)}, see {lists}"
         console.print(f"{name}: {told}", markup=False)
     console.print(f"{args.form}: {args.out}")
 
@@ -295,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("config", nargs="?", help="YAML file (default: the embedded base on drawn figures)")
     score.add_argument("overrides", nargs="*", metavar="key=value")
     score.add_argument(
-        "--model", help="in place of the configuration's: a folder of a diffusers pipeline, or a PoseDiT"
+        "--model", help="in place of the configuration's: a folder of a whole diffusers pipeline, or a PoseDiT"
     )
     score.add_argument("--data", help="in place of the configuration's")
     score.add_argument("--priority", default="cei", help="a row of PRIORITIES (default: %(default)s)")
@@ -345,8 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command != "train":
             _one_process_only()
         args.function(args)
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[red]entprog {args.command}: {error}", style=None, markup=True)
+    except BAD_INPUT as error:
+        console.print(f"entprog {args.command}: {error}", style="red", markup=False)
         return 2
     return 0
 

@@ -40,7 +40,7 @@ def _prepare(args: argparse.Namespace) -> None:
             )
             console.print(f"clips: {found['clips']}")
             for message in (*found["warnings"], *(f"{e['video']}: {e['error']}" for e in found["errors"])):
-                console.print(f"[yellow]{message}")
+                console.print(message, style="yellow", markup=False)
         if args.autoencoder:
             _cache_latents(args, show)
     console.print(f"data: {args.out}")

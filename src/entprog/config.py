@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from entprog.sample import SAMPLERS
@@ -73,7 +73,8 @@ class RunConfig:
     person_weight: float = 1.0  # of the loss where a person is, the background having 1; needs prepared data
     face_weight: float = 1.0  # where a face is, times as much again as the rest of the person
     ema_decay: float = 0.0  # 0: no average is kept
-    mixed_precision: Literal["no", "bf16"] = "no"
+    # YAML reads a bare no as False
+    mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
     seed: int = 0
     # what comes out
     evaluations: int = 10  # held-out losses along the way
@@ -134,9 +135,15 @@ def make_config(values: dict[str, Any]) -> RunConfig:
     return config
 
 
+def read_yaml(path: str | Path) -> Any:
+    """Return what a YAML file holds; an error in it names the file."""
+    with Path(path).open(encoding="utf-8") as file:
+        return yaml.safe_load(file)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `key=value` overrides, the value in YAML (so 1e-3 must be written 1.0e-3 or 0.001)."""
-    values = yaml.safe_load(Path(path).read_text()) or {}
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not a mapping of configuration keys to values")
     for item in overrides:

@@ -28,8 +28,17 @@ LORA_PREFIX = {"diffusers": "transformer", "original": "diffusion_model"}
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str]) -> None:
+    """Write one file; tied weights, which safetensors refuses, each in full."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and this form is one file: give e.g. {path / 'model.safetensors'}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path, {"format": "pt"} | dict(about))
+    held: set[int] = set()
+    apart = {}
+    for name, value in tensors.items():
+        memory = value.untyped_storage().data_ptr()
+        apart[name] = value.detach().clone() if memory in held else value.detach().contiguous()
+        held.add(memory)
+    save_file(apart, path, {"format": "pt"} | dict(about))
 
 
 # -- the forms -------------------------------------------------------------------------------------------------------
@@ -178,7 +187,10 @@ def save_lora(
     """
     too_low = rank is not None and rank < 1
     if (rank is None) == (energy is None) or too_low or (energy is not None and not 0 < energy <= 1):
-        raise ValueError(f"give either a rank of at least 1 ({rank}) or an energy in (0, 1] ({energy}): exactly one")
+        raise ValueError(
+            f"a lora needs exactly one of rank (at least 1, e.g. --rank 32) and energy (in (0, 1], e.g. --energy 0.9): "
+            f"given were {rank} and {energy}"
+        )
     if keys not in LORA_PREFIX:
         raise ValueError(f"keys {keys!r} are unknown: choose one of {sorted(LORA_PREFIX)}")
     changed = set(changed_tensors(weights, base))

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from entprog.cei import Scores
+from entprog.frozen import PRECISIONS
 from entprog.plan_models import FAMILIES, PRESETS, block_names, build, inputs_of, latent_shape, load_config
 from entprog.profiling import Profile, profile
 from entprog.schedule import at_least_one
@@ -23,7 +25,7 @@ from entprog.schedule import at_least_one
 SHARES = (0.125, 0.25, 0.5, 0.75)  # of L, the numbers of trainable blocks that are listed
 OPTIMIZERS = {"adamw": 8, "adamw8bit": 2}  # bytes of state for each trainable parameter: two moments
 MASTER = 4  # bytes of a float32 copy of a trainable parameter that is stored in 16 bits
-PRECISIONS = {"bf16": 2.0, "int8": 1.0, "fp8": 1.0, "cpu": 2.0}  # bytes of a frozen block's parameter
+SMALL = {"int8": 1, "fp8": 1}  # bytes of a frozen block's parameter in the PRECISIONS that change them
 RING = 2  # blocks on the GPU when frozen blocks live in pinned host memory
 FROZEN_MODES = ("pass", "prefix", "bypass", "skip")
 UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -226,8 +228,8 @@ def _frozen_bytes(measured: Profile, names: Sequence[str], precision: str) -> in
     """Bytes on the GPU of frozen blocks' weights in a storage precision."""
     if precision == "cpu":
         return sum(sorted((measured.bytes[n] for n in names), reverse=True)[:RING])
-    if precision in ("int8", "fp8"):
-        return int(sum(measured.blocks[n] * PRECISIONS[precision] for n in names))
+    if precision in SMALL:
+        return sum(measured.blocks[n] * SMALL[precision] for n in names)
     return sum(measured.bytes[n] for n in names)
 
 
@@ -362,7 +364,9 @@ def check(setting: Setting, measured_bytes: int, measured_seconds: float | None 
     return {"predicted": predicted, "measured": measured, "error": error}
 
 
-def cost_aware(scores: Mapping[str, float], costs: Mapping[str, Mapping[str, float]], budget: float) -> list[str]:
+def cost_aware(
+    scores: Scores | Mapping[str, float], costs: Mapping[str, Mapping[str, float]], budget: float
+) -> list[str]:
     """Choose the trainable blocks with the largest sum of scores whose step fits a time budget, others in `pass`.
 
         cost(S) = sum_b forward_b + sum_{b >= min S} input_b + sum_{b in S} weight_b
@@ -373,8 +377,9 @@ def cost_aware(scores: Mapping[str, float], costs: Mapping[str, Mapping[str, flo
 
     ValueError if names differ or not even the cheapest block fits.
     """
-    if set(scores) != set(costs):
-        raise ValueError(f"scores and costs name different blocks: {sorted(set(scores) ^ set(costs))}")
+    values = scores.values if isinstance(scores, Scores) else scores
+    if set(values) != set(costs):
+        raise ValueError(f"scores and costs name different blocks: {sorted(set(values) ^ set(costs))}")
     names = list(costs)
     forward = sum(costs[n]["forward"] for n in names)
     behind = 0.0  # gradients of the inputs from here to the end
@@ -383,7 +388,7 @@ def cost_aware(scores: Mapping[str, float], costs: Mapping[str, Mapping[str, flo
     least = float("inf")
     for name in reversed(names):
         behind += costs[name]["input"]
-        weight, score = costs[name]["weight"], scores[name]
+        weight, score = costs[name]["weight"], values[name]
         fixed = forward + behind + weight
         least = min(least, fixed)
         for cost, total, chosen in reversed(frontier):  # dearest first, which scores most

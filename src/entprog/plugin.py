@@ -160,7 +160,7 @@ class EntProg:
         self._optimizer = optimizer
         stage = min(int(progress * self.settings.stages + 1e-9), self.settings.stages - 1)
         if stage != self.stage or self._restores(progress):
-            check_switchable(self.model, self.blocks[0], optimizer, self._try)
+            check_switchable(self.model, by_name(self.blocks, self.candidates), optimizer, self._try)
         self.last_step = step
         if stage != self.stage:
             self._begin_stage(stage, progress)

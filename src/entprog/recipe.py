@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from entprog.bench import compare, environment, first_clips, model_of, sample_clips, train_run
-from entprog.config import RunConfig, make_config
+from entprog.config import RunConfig, make_config, read_yaml
 from entprog.data.batches import load_data
 from entprog.data.cache import Stored
 from entprog.data.pose import draw_skeleton
@@ -133,7 +133,7 @@ PRESETS: dict[str, Callable[[], dict[str, Any]]] = {"cpu": cpu, "gpu": gpu, "pap
 
 def is_recipe(path: str | Path) -> bool:
     """Whether a YAML file is a recipe and not one run's configuration: it names a preset or phases."""
-    values = yaml.safe_load(Path(path).read_text()) or {}
+    values = read_yaml(path) or {}
     return isinstance(values, dict) and bool({"preset", "phases"} & set(values))
 
 
@@ -142,7 +142,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     ValueError for keys, presets, phases and values that are not valid.
     """
-    values = yaml.safe_load(Path(path).read_text()) or {}
+    values = read_yaml(path) or {}
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator:

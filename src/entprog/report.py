@@ -78,7 +78,7 @@ def write_report(run: Path) -> Path:
         return write_recipe_report(run, results)
     if kind not in ("run", "comparison"):
         problem = "is missing" if results is None else f"has kind {kind!r}, not 'run', 'comparison' or 'recipe'"
-        raise ValueError(f"{run / 'results.json'} {problem}; finish `entprog train` or `entprog bench` there first")
+        raise ValueError(f"{run / 'results.json'} {problem}; finish `entprog train` or `entprog demo` there first")
     if kind == "comparison":
         runs = [read_run(run / name, name, own) for name, own in results["strategies"].items()]
     else:

@@ -36,7 +36,7 @@ def progress_bar() -> Iterator[Any]:
                 bar.update(
                     tasks[name],
                     completed=info["done"] / info["of"],
-                    note=f"{info['done']:.4g} of {info['of']}  {info.get('at', '')}",
+                    note=f"{info['done']:.4g} of {info['of']}  {escape(str(info.get('at', '')))}",
                 )
                 return
             if "message" in info:

@@ -55,11 +55,17 @@ class Weights:
 def read_weights(source: str | Path | nn.Module | Weights, base: Any = None) -> Weights:
     """Read a model: a module, a diffusers folder, a run folder, or a file that `export` wrote.
 
-    A delta needs its base. ValueError for what is not safetensors, and for a delta without its base or with another.
+    A delta needs its base. ValueError for what is not safetensors, for a delta without its base or with another, and
+    for a module with adapters that are not merged.
     """
     if isinstance(source, Weights):
         return source
     if isinstance(source, nn.Module):
+        if hasattr(source, "merge_and_unload") or any(hasattr(m, "base_layer") for m in source.modules()):
+            raise ValueError(
+                f"this {type(source).__name__} carries adapters that are not merged: pass what "
+                "model.merge_and_unload() returns, or call fuse_lora() and unload_lora() of a diffusers model first"
+            )
         config = {"_class_name": type(source).__name__} | dict(getattr(source, "config", {}))
         return Weights(config, source.state_dict(), source)
     path = Path(source)

@@ -94,7 +94,9 @@ def _interpreter() -> Any:
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError as error:
-        raise ImportError("finding people in videos needs ai-edge-litert: pip install 'entprog[pose]'") from error
+        raise ImportError(
+            "finding people in videos needs the extra pose: pip install -e '.[pose]' in a clone"
+        ) from error
     return Interpreter
 
 

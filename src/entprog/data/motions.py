@@ -20,7 +20,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.floating]
 
-MISSING = "rendering people needs bodies, motions and a renderer: pip install 'entprog[people]'"
+MISSING = (
+    "rendering people needs bodies, motions and a renderer: install the extra people, "
+    "pip install -e '.[people]' in a clone"
+)
 
 LINKS = (
     "root", "chest", "neck", "right_hip", "right_knee", "right_ankle", "right_shoulder", "right_elbow", "left_hip",

@@ -305,7 +305,9 @@ def open_pipeline(folder: str | Path, **parts: Any) -> Any:
         import ftfy  # noqa: F401  # WanVACEPipeline cleans prompts with it, asked for or not
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError("pipeline folders need text encoders: pip install 'entprog[wan]'") from error
+        raise ImportError(
+            "pipeline folders need text encoders: install the extra wan, pip install -e '.[wan]' in a clone"
+        ) from error
     import diffusers
 
     index = _json(Path(folder) / "model_index.json")
