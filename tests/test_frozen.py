@@ -8,7 +8,7 @@ from conftest import ZOO, Plain, first, trained_by
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from entprog import frozen, plugin
+from entprog import frozen, memory, plugin
 from entprog.blocks import Block, find_blocks
 from entprog.bypass import fidelity
 from entprog.ema import Ema
@@ -403,19 +403,18 @@ def test_bytes_are_counted_as_kept():
 )
 def test_a_whole_entprog_run_on_parked_weights(precision, frozen_mode, monkeypatch):
     """Scores, fidelity, races with snapshots, thaws: with `cpu` the run is the one without parking, bit for bit."""
-    ends, switched = {}, plugin.set_active
+    ends, switched = {}, memory.apply
     for kept in (None, precision):
         torch.manual_seed(0)
         model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
         counts = []
 
-        def settled(blocks, active, frozen, model=model, kept=kept, counts=counts):
-            switched(blocks, active, frozen)
-            settle_weights(model, blocks, kept)
+        def counted(*args, model=model, counts=counts):
+            switched(*args)
             counts.append(len(parked_layers(model)))
 
-        monkeypatch.setattr(plugin, "set_active", settled)
-        settings = Progressive(stages=3, search_budget=5.0, frozen=frozen_mode, min_fidelity=0.5)
+        monkeypatch.setattr(memory, "apply", counted)
+        settings = Progressive(stages=3, search_budget=5.0, frozen=frozen_mode, min_fidelity=0.5, frozen_weights=kept)
         prog = plugin.EntProg(model, trained_by(inputs), held_out=None, train_batches=lambda: iter(range(64)),
                               total_steps=30, strategy=settings, clock="model")  # fmt: skip
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -45,6 +45,7 @@ def events() -> list[dict[str, Any]]:
         {"event": "search", "step": 40, "progress": 0.5, "stage": 1, **search},
         {"event": "modes", "step": 40, "progress": 0.5, "stage": 1, "active": NAMES[2:], "modes": modes[1]}
         | {"fidelity": fidelity, "fidelity_curve": [{"size": 0, **fidelity}, {"size": 2, **fidelity, "cosine": 0.9}]},
+        {"event": "plan_check", "step": 40, "progress": 0.5, "limit": 2**31, "measured": 2**30, "error": 0.021},
         {"event": "unheard of", "step": 41, "progress": 0.51},
         {"event": "done", "step": 80, "progress": 1.0},
     ]
@@ -152,6 +153,7 @@ def test_comparison_shows_every_strategy_clip_and_decision(tmp_path: Path):
     assert page.count('class="clip"') == (3 + 4) * 6
     assert "0.4000<small>[0.3900, 0.4100]" in page and "2–5" in page and "too close to call" in page
     assert "full and lora did not score the blocks." in page and page.count('<tr class="chosen">') == 2
+    assert "of 2.00 GiB allowed" in page and "held at most 1.00 GiB; predicted was 2.1 % to 2.1 % off" in page
     assert "not measured" in page  # the time of the Wan-shaped step
 
 

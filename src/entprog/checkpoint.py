@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from entprog.cei import Scores
-from entprog.frozen import value_of
+from entprog.frozen import set_value, value_of
 
 
 class RunLog:
@@ -113,7 +113,7 @@ def put_back(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.opti
     """Set weights, in place, and optimizer state to what `named_state` named."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(tensors[f"model.{name}"])
+            set_value(p, tensors[f"model.{name}"])
             prefix = f"optimizer.{name}."
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             if own:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from entprog.plan import parse_bytes
 from entprog.sample import SAMPLERS
 from entprog.strategy import STRATEGIES, Progressive
 
@@ -45,6 +46,12 @@ class RunConfig:
     adapters: bool | None = None
     search_budget: float | None = None
     score_budget: float | None = None
+    frozen_weights: Literal["bf16", "int8", "fp8", "cpu"] | None = None  # of frozen blocks; None: as they are
+    optimizer_state: Literal["keep", "drop", "park"] | None = None  # of blocks that stop training
+    growth: Literal["nested", "rotate"] | None = None  # None: nested until max_memory stops it, then rotating
+    selection: Literal["top", "cost_aware"] | None = None  # cost_aware: late blocks are cheap with frozen: pass
+    rotate_every: int | None = None  # steps; None: an eighth of a stage
+    max_memory: str | int | float | None = None  # what training may hold, as 24GiB; None: no limit
     lora_rank: int = 8
     # on what
     data: str = "figures"  # "figures": drawn; else a prepared folder, or one with a manifest.jsonl
@@ -100,10 +107,23 @@ class RunConfig:
                 f"guided {self.guided} must name at least one of this run's conditions {self.conditions}, or set "
                 "guidance_scale to 1"
             )
+        if self.max_memory is not None:
+            self._check_memory()
         if (self.seconds is None) == (self.steps is None):
             raise ValueError(
                 f"give the budget either as seconds ({self.seconds}) or as steps ({self.steps}): exactly one"
             )
+
+    def _check_memory(self) -> None:
+        parse_bytes(self.max_memory)  # type: ignore[arg-type]
+        if STRATEGIES[self.strategy]() is None:
+            raise ValueError(
+                f"max_memory chooses which blocks train, and {self.strategy!r} trains the same ones throughout: "
+                f"choose strategy one of {[n for n, make in STRATEGIES.items() if make() is not None]}, or leave it out"
+            )
+        if self.ema_decay:
+            raise ValueError(f"ema_decay {self.ema_decay} keeps a copy of what trained, which max_memory "
+                             "does not count: leave one of them out")  # fmt: skip
 
     def progressive(self) -> Progressive | None:
         """Return the strategy's setting with this run's one-word changes, None for strategies without one."""

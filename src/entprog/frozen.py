@@ -34,7 +34,7 @@ from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from entprog.blocks import Block
 from entprog.modes import mode_of
-from entprog.ring import Ring
+from entprog.ring import ALIGNMENT, Ring
 
 # layer -> (product, its input gradient); exact classes only: a subclass may use its weight some other way
 LAYERS: dict[type, tuple[Callable[..., Tensor], Callable[..., Tensor] | None]] = {
@@ -286,18 +286,37 @@ def _unpark(module: nn.Module) -> None:
 
 
 def _suits(module: nn.Module, precision: str) -> bool:
-    """Whether a layer's weight is one that can be parked, and gets smaller by it."""
+    """Whether a layer's weight is one that can be parked now, and gets smaller by it."""
+    return _stored_bytes(module, precision) is not None and not module._parameters["weight"].requires_grad  # type: ignore[union-attr]
+
+
+def _stored_bytes(module: nn.Module, precision: str) -> int | None:
+    """Bytes of a layer's weight once it is parked; None for one that cannot be, or would not get smaller."""
     weight = module._parameters.get("weight")
     if type(module) not in LAYERS or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
-        return False
-    if weight.requires_grad or weight.is_meta or not weight.is_floating_point():
-        return False
+        return None
+    if weight.is_meta or not weight.is_floating_point():
+        return None
     if _parked(module) is None and "forward" in vars(module):  # somebody else's, an offloading hook's perhaps
-        return False
+        return None
     if not isinstance(module, nn.Linear) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return False
+        return None
     size = {"bf16": 2.0, "cpu": 0.0}.get(precision, 1 + 4 / weight[0].numel())  # bytes an element
-    return size < weight.element_size()
+    return round(size * weight.numel()) if size < weight.element_size() else None
+
+
+def parked_bytes(model: nn.Module, blocks: Sequence[Block], precision: str) -> dict[str, tuple[int, int]]:
+    """Return name -> (bytes of the weights that `settle_weights` would park, bytes of what it stores for them).
+
+    Nothing is parked. With `cpu` the second is what the block needs in one of the ring's two buffers.
+    """
+    found = {}
+    for block, layers in zip(blocks, _layers(model, blocks), strict=True):
+        sizes = [(value_of(m.weight).nbytes, _stored_bytes(m, precision)) for m in layers]  # type: ignore[arg-type]
+        kept = [(whole, stored) for whole, stored in sizes if stored is not None]
+        slots = sum(-(-whole // ALIGNMENT) * ALIGNMENT for whole, _ in kept)
+        found[block.name] = sum(w for w, _ in kept), slots if precision == "cpu" else sum(s for _, s in kept)
+    return found
 
 
 def _layers(model: nn.Module, blocks: Sequence[Block]) -> list[list[nn.Module]]:

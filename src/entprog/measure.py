@@ -157,19 +157,28 @@ def tensor_bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in map(parallel.local, tensors))
 
 
-def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, activations: int) -> int:
+def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, activations: int, state: str = "all") -> int:
     """Bytes one training step holds: weights, gradients and optimizer state of what trains, and `activations`.
 
     On CUDA the allocator's peak since the last reset instead. State that the optimizer has not made yet is counted as
-    the two moments it will make.
+    the two moments it will make. state: "all"; "trained" where that of frozen parameters waits on the host; "none"
+    where all does and no step is taken.
     """
     if torch.cuda.is_available() and next(model.parameters()).is_cuda:
         return torch.cuda.max_memory_allocated()
     trained = [p for p in model.parameters() if p.requires_grad]
-    state = {p: optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]}
-    made = tensor_bytes(v for s in state.values() if s for v in s.values() if isinstance(v, Tensor) and v.ndim)
-    to_come = 2 * tensor_bytes(p for p in trained if not state.get(p))
-    return weight_bytes(model)["device"] + tensor_bytes(trained) + made + to_come + activations
+    held = weight_bytes(model)["device"] + tensor_bytes(trained) + activations
+    if state == "none":
+        return held
+    here = {p: optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]}
+    counted = [s for p, s in here.items() if s and (state == "all" or p.requires_grad)]
+    made = tensor_bytes(v for s in counted for v in s.values() if isinstance(v, Tensor) and v.ndim)
+    return held + made + moments_to_come(trained, optimizer)
+
+
+def moments_to_come(trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the two moments of what trains that the optimizer has not made yet."""
+    return 2 * tensor_bytes(p for p in trained if not optimizer.state.get(p))
 
 
 def count_flops(function: Callable[[], Any]) -> int:

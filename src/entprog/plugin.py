@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprog import parallel
+from entprog import memory, parallel
 from entprog.blocks import Block, batch_size, by_name, find_blocks, forked_rng, outside_blocks, record_example
-from entprog.bypass import choose_bypass, choose_skips
-from entprog.cei import Scores, Stop, with_inherited
+from entprog.budget import Budget, Keeping
+from entprog.bypass import choose_bypass
+from entprog.cei import Scores
 from entprog.checkpointing import checkpointed
 from entprog.guards import check_switchable
 from entprog.measure import (
@@ -26,12 +27,11 @@ from entprog.measure import (
     held_out_losses,
     now,
     saved_bytes,
-    tensor_bytes,
-    training_bytes,
 )
-from entprog.modes import LossFn, Predict, mode_of, predict_by_loss, running, set_active
-from entprog.priority import agreement, score
-from entprog.schedule import SCHEDULES, Candidate, at_least_one, block_modes, block_sets, block_sizes
+from entprog.modes import LossFn, Predict, mode_of, predict_by_loss, running
+from entprog.priority import samples
+from entprog.ranking import rank, selected
+from entprog.schedule import SCHEDULES, Candidate, at_least_one, block_modes, block_sizes
 from entprog.strategy import Progressive, ent_prog
 from entprog.supernet import SEARCHES, TIMING_STEPS, BatchStream, SearchResult, Snapshot, at_average
 
@@ -52,6 +52,7 @@ class EntProg:
     that loss_fn makes. candidates: names of the blocks that may ever train, by default all. backward: backward(loss),
     with scaler and clipping. always: names of what was made for the task. t(batch) -> (B,) times for per-tau scores.
     ledger: charged with scoring and search. decide(key, compute): compute(), or what was recorded before a resume.
+    max_memory: what training may hold, as "24GiB" or bytes; of the candidates those train that fit (budget.py).
 
     Build it before any wrapper (DDP, torch.compile); in several processes after data_parallel or fully_sharded, with
     the same held_out on every rank and train_batches of the rank's own. It never touches `param_groups`; outside
@@ -79,18 +80,19 @@ class EntProg:
         decide: Decide | None = None,
         on_event: Callable[[dict[str, Any]], None] | None = None,
         score_batches: Callable[[], Iterable[Any]] | None = None,
+        max_memory: str | int | float | None = None,
     ) -> None:
         if clock not in ("wall", "model"):
             raise ValueError(f"clock {clock!r} is unknown: choose 'wall' or 'model'")
         self.settings = strategy or ent_prog()
         self.model, self.total_steps, self.clock, self.seconds = model, total_steps, clock, seconds
         self.held_out = list(held_out) if isinstance(held_out, list | tuple) else [held_out]
-        self.train_batches, self._loss_fn, self._t = train_batches, loss_fn, t
+        self.train_batches, self.loss_fn, self.t = train_batches, loss_fn, t
         self._backward = backward or (lambda loss: loss.backward())
-        self._score_batches = score_batches or train_batches
-        self._stream = BatchStream(train_batches)
-        self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
-        self._bypass_sets: dict[Candidate, tuple[list[str], list[dict[str, Any]]]] = {}
+        self.score_batches = score_batches or train_batches
+        self.stream = BatchStream(train_batches)
+        self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self.bypass_sets: dict[Candidate, tuple[list[str], list[dict[str, Any]]]] = {}
         self._predict = predict or predict_by_loss(loss_fn)
         self.ledger = ledger or Ledger()
         self._on_event = on_event or (lambda event: None)
@@ -108,25 +110,43 @@ class EntProg:
         self.stage = -1
         self.last_step = -1
         self.search_steps = 0  # batches of the stream that searches have trained on
-        self.peak_bytes = 0  # of scoring, searching and measuring fidelity in this stage
-        self._held_bytes = 0  # gradients that a score keeps of all its batches
+        self.peak_bytes = 0  # of scoring, searching and measuring fidelity in this stage, and of its first step's trial
+        self.held_bytes = 0  # gradients that a score or fidelity keeps
         self.model_seconds = 0.0  # of scoring, searching and measuring fidelity, by the model clock
         self._cost: StepCost | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer_state = self.settings.optimizer_state or ("keep" if max_memory is None else "park")
+        self.keeping, self.stepping = Keeping(self.settings.frozen_weights), True
+        self.wanted: Candidate | None = None  # what the schedule chose for this stage
+        self.rotating, self.turns, self.period, self.stage_step = False, 0, 0, 0
+        self.waited: dict[str, int] = {}  # periods since a block last trained
+        self.drawn: list[str] = []  # what trains in this period of a rotation
+        self._stopped = False  # whether the budget kept this stage's search from larger candidates
+        self.budget = self._within(max_memory, always) if max_memory is not None else None
 
-    def _loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def _within(self, max_memory: str | int | float, always: Sequence[str]) -> Budget:
+        with forked_rng(0):
+            batch = next(iter(self.score_batches()))
+        inputs = record_example(self.model, lambda: self.loss_fn(self.model, batch))
+        outside = (self.always, self.stem)
+        return Budget(
+            max_memory, self.model, self.blocks, self.candidates, outside, inputs, len(samples(batch)),
+            self.settings, always,
+        )  # fmt: skip
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean loss; whatever needs gradients in here counts towards the run's peak memory."""
-        self._charge(batch, backward=torch.is_grad_enabled())
+        self.charge(batch, backward=torch.is_grad_enabled())
         if not torch.is_grad_enabled():
-            return self._loss_fn(model, batch).mean()
+            return self.loss_fn(model, batch).mean()
         with saved_bytes(ignore=list(model.parameters())) as held:
-            loss = self._loss_fn(model, batch).mean()
-            if self._optimizer is not None:
-                kept = held() + self._held_bytes + sum(s.bytes() for s in self._snapshots)
-                self.peak_bytes = max(self.peak_bytes, training_bytes(model, self._optimizer, kept))
+            loss = self.loss_fn(model, batch).mean()
+            if self.optimizer is not None:
+                kept = held() + self.held_bytes + sum(s.bytes() for s in self.snapshots)
+                self.peak_bytes = max(self.peak_bytes, memory.held(self, kept))
         return loss
 
-    def _charge(self, batch: Any, backward: bool) -> None:
+    def charge(self, batch: Any, backward: bool) -> None:
         """Let the model clock run on by one pass of a batch over the blocks in their present modes."""
         if self._cost is not None:
             modes = {b.name: mode_of(b) for b in self.blocks}
@@ -134,12 +154,14 @@ class EntProg:
             flops = self._cost.step(modes, checkpointed=again) if backward else self._cost.forward(modes)
             self.model_seconds += batch_size(batch) / self._cost.samples * flops / MODEL_CLOCK_FLOPS
 
-    def _prediction(self, model: nn.Module, batch: Any) -> Tensor:
-        self._charge(batch, backward=False)
+    def prediction(self, model: nn.Module, batch: Any) -> Tensor:
+        self.charge(batch, backward=False)
+        if self.budget is not None and self.optimizer is not None:  # a score keeps the inputs of all blocks
+            self.peak_bytes = max(self.peak_bytes, memory.held(self, self.budget.one_sample()))
         return self._predict(model, batch)
 
     def _try(self) -> None:
-        self._loss_fn(self.model, self.held_out[0])
+        self.loss_fn(self.model, self.held_out[0])
 
     @property
     def active(self) -> list[str]:
@@ -153,19 +175,25 @@ class EntProg:
         is measured in seconds. RuntimeError if gradients are pending when the trainable set has to change, ValueError
         if checkpointing is reentrant (guards.check_switchable).
         """
+        if self.optimizer is not optimizer:
+            self.optimizer = optimizer
+            memory.settle_state(self)  # of a resumed run
         if step == self.last_step:
             return
         if progress is None:
             progress = min(step / self.total_steps, 1 - 1e-9)
-        self._optimizer = optimizer
         stage = min(int(progress * self.settings.stages + 1e-9), self.settings.stages - 1)
-        if stage != self.stage or self._restores(progress):
+        period = memory.due(self, step, progress) if stage == self.stage else 0
+        if stage != self.stage or self._restores(progress) or period > self.period:
             check_switchable(self.model, by_name(self.blocks, self.candidates), optimizer, self._try)
         self.last_step = step
         if stage != self.stage:
             self._begin_stage(stage, progress)
+        elif period > self.period:
+            self.period = period
+            memory.rotate(self, progress)
         if self.candidate and self._restores(progress):
-            self._enter(Candidate(self.candidate.active), progress, reason="restored")
+            self.enter(Candidate(self.candidate.active), progress, reason="restored")
 
     def _restores(self, progress: float) -> bool:
         """Whether blocks sit out that should be back by now."""
@@ -176,7 +204,7 @@ class EntProg:
         marks = [k / self.settings.stages for k in range(self.settings.stages)]
         return sorted({*marks, self.settings.restore_at} if self.settings.skip else set(marks))
 
-    def _emit(self, event: str, progress: float, **values: Any) -> None:
+    def emit(self, event: str, progress: float, **values: Any) -> None:
         record = {"event": event, "step": self.last_step, "progress": progress} | values
         self.events.append(record)
         self._on_event(record)
@@ -190,179 +218,143 @@ class EntProg:
 
     def _begin_stage(self, stage: int, progress: float) -> None:
         self.stage, self.peak_bytes = stage, 0
-        self._bypass_sets, self._stream = {}, BatchStream(self.train_batches)
+        self.stage_step, self.period, self.drawn = self.last_step, 0, []
+        self.rotating = self._stopped = False
+        self.bypass_sets, self.stream = {}, BatchStream(self.train_batches)
         if self.scores is None or self.settings.rescore == "stage":
             with self.ledger("scoring"):
-                self._rank(progress)
-            self._bypass_sets = {}  # of an unranked model
+                rank(self, progress)
+            self.bypass_sets = {}  # of an unranked model
         previous = self.candidate
-        if stage == 0 or self.candidate is None:
+        if previous and self.wanted:  # a period of a rotation may have trained fewer
+            previous = Candidate(max(previous.active, self.wanted.active), previous.skipped)
+        if self.budget is None and (stage == 0 or self.candidate is None):
             self.switch(Candidate(len(self.candidates)))  # modes are defined from here on
-        schedule, sizes = SCHEDULES[self.settings.schedule], block_sizes(self.blocks, self._ranking(trainable=True))
+        schedule, sizes = SCHEDULES[self.settings.schedule], block_sizes(self.blocks, self.ranking(trainable=True))
         with self.ledger("search"):
             chosen = schedule(stage, self.settings.stages, sizes, self.settings, previous, self._search)
-        self._enter(chosen, progress, reason="stage")
+        self.wanted = self.enter(chosen, progress, reason="stage")
+        stopped = self._stopped or self.wanted.active < chosen.active
+        growth = self.settings.growth or ("rotate" if stopped else "nested")
+        self.rotating = growth == "rotate" and self.wanted.active < len(self.candidates)
 
-    def _rank(self, progress: float) -> None:
-        """Score the blocks and order them for skipping."""
-        settings, count = self.settings, len(self.candidates)
-        sizes = tuple(sorted({at_least_one(share, count) for share in settings.grid}))
-        stop = Stop(sizes) if settings.schedule == "adaptive" else None
-        self.switch(Candidate(count))
-        self._step_cost()
-        batches = self.decide(f"score batches at stage {self.stage}", self._batches_within_budget)
+    def sets(self, candidate: Candidate) -> tuple[list[str], list[str]]:
+        return selected(self, candidate)
 
-        def scored(priority: str, batches: int) -> Scores:
-            return score(
-                self.model,
-                self.blocks,
-                self._prediction,
-                islice(self._score_batches(), batches),
-                priority,
-                loss_fn=self._loss,
-                t=self._t,
-                stop=stop,
-            )
-
-        if settings.priority == "gain":  # holds every batch's gradients until all are there
-            self._held_bytes = batches * tensor_bytes(p for b in self.blocks for p in b.parameters())
-        names = [b.name for b in self.blocks]  # a zero-initialised block takes its host's place
-        self.scores = with_inherited(scored(settings.priority, batches), names)
-        self._held_bytes = 0
-        for other in settings.also_score:
-            beside = with_inherited(scored(other, max(2, batches // 2)), names)  # for the record, at half the price
-            self._emit("score", progress, **asdict(beside), agreement=agreement(beside, self.scores))
-        self.skip_order = self._order_for_skipping(min(int(settings.skip * count), count - 1))
-        self._emit("score", progress, **asdict(self.scores), skip_order=self.skip_order)
-
-    def _order_for_skipping(self, count: int) -> list[str]:
-        """Names of all blocks, the one that changes the prediction least first.
-
-        Scores by skipping have measured every block's change on the way; others cost a greedy search of their own.
-        """
-        assert self.scores is not None
-        if not count or self.scores.changes:
-            return sorted(self.scores.changes, key=lambda name: self.scores.changes[name])  # type: ignore[union-attr]
-        batch = next(iter(self._score_batches()))
-        keep = self.scores.ranking[:1]
-        return [s["name"] for s in choose_skips(self.model, self.blocks, self._prediction, batch, count, keep)]
-
-    def _batches_within_budget(self) -> int:
-        """Return how many batches score_budget pays for, at least 4 and at most 64.
-
-        In full steps, a batch costs a priority with gradients 1 and one that skips blocks 1/3 + L/6.
-        """
-        if self.seconds is None:
-            return 8
-        by_skipping = (1 + len(self.blocks) / 2) / 3
-        steps = 1.0 if self.settings.priority in ("gain", "grad_norm") else by_skipping
-        steps += 0.5 * by_skipping * len(self.settings.also_score)
-        per_batch = steps * self._full_step_seconds()
-        return int(min(64, max(4, self.settings.score_budget * self.seconds / per_batch)))
-
-    def _sets(self, candidate: Candidate) -> tuple[list[str], list[str]]:
-        return block_sets(candidate, self._ranking(), self.skip_order)
-
-    def _ranking(self, trainable: bool = False) -> list[str]:
-        """All blocks, best first, those that may never train behind those that may, or left out."""
+    def ranking(self, trainable: bool = False) -> list[str]:
+        """All blocks, best first, what a rotation has drawn before; those that may never train come last, or not."""
         ranking = self.scores.ranking if self.scores else [b.name for b in self.blocks]
-        ranking = sorted(ranking, key=lambda name: name not in self.candidates)
+        ranking = sorted(ranking, key=lambda name: (name not in self.drawn, name not in self.candidates))
         return ranking[: len(self.candidates)] if trainable else ranking
 
     def switch(self, candidate: Candidate) -> None:
         """Run the blocks as a candidate says (Trial), with the bypass set its fidelity allows."""
-        self._apply(self._modes_of(candidate, self._bypass_set(candidate)[0]))
+        modes = self.modes_of(candidate, self.bypass_set(candidate)[0])
+        memory.apply(self, modes, memory.kept(self, modes))
 
-    def _bypass_set(self, candidate: Candidate) -> tuple[list[str], list[dict[str, Any]]]:
+    def bypass_set(self, candidate: Candidate) -> tuple[list[str], list[dict[str, Any]]]:
         """Choose what a candidate bypasses, once a stage, before it trains a step: (names, measured fidelities)."""
-        if candidate not in self._bypass_sets:
-            self._bypass_sets[candidate] = self._chosen_bypass(candidate)
-        return self._bypass_sets[candidate]
+        if candidate not in self.bypass_sets:
+            self.bypass_sets[candidate] = self._chosen_bypass(candidate)
+        return self.bypass_sets[candidate]
+
+    def measures_fidelity(self, candidate: Candidate) -> bool:
+        """Return whether something may be bypassed by a candidate, and what is depends on a measurement."""
+        frozen = len(self.blocks) - candidate.active - candidate.skipped
+        exact = self.settings.frozen == "pass" or self.settings.min_fidelity >= 1
+        return frozen > 0 and not exact and self.scores is not None
 
     def _chosen_bypass(self, candidate: Candidate) -> tuple[list[str], list[dict[str, Any]]]:
-        active, skipped = self._sets(candidate)
-        frozen = [b.name for b in self.blocks if b.name not in active and b.name not in skipped]
-        if not frozen or self.settings.frozen == "pass" or self.scores is None:
+        if not self.measures_fidelity(candidate):
             return [], []
-        with self.ledger("search"):
+        active, skipped = self.sets(candidate)
+        batches: list[Any] = list(islice(self.score_batches(), 2))
+        if self.budget is not None:
+            batches = samples(batches[0])[:1]
+        with self.ledger("search"), memory.within_fidelity(self, candidate):
             return choose_bypass(
                 self.model,
                 self.blocks,
-                self._loss,
-                list(islice(self._score_batches(), 2)),
+                self.loss,
+                batches,
                 active,
                 min_fidelity=self.settings.min_fidelity,
                 min_new_fidelity=self.settings.min_new_fidelity,
                 skipped=skipped,
             )
 
-    def _modes_of(self, candidate: Candidate, bypassed: Sequence[str] | None = None) -> dict[str, str]:
+    def modes_of(self, candidate: Candidate, bypassed: Sequence[str] | None = None) -> dict[str, str]:
         """Every block's mode; without `bypassed` all frozen blocks that do not sit out are bypassed if allowed."""
-        active, skipped = self._sets(candidate)
+        active, skipped = self.sets(candidate)
         names = [b.name for b in self.blocks]
         if self.settings.frozen == "pass":
             return block_modes(names, active, skipped, (), "pass")
         return block_modes(names, active, skipped, names if bypassed is None else bypassed, "prefix")
 
-    def _apply(self, modes: dict[str, str]) -> None:
-        active = [n for n, m in modes.items() if m == "train"]
-        set_active(self.blocks, active, frozen={n: m for n, m in modes.items() if m != "train"})
-        reached = {"always": True, "never": False, "late": self.blocks[0].name in active}[self.settings.stem]
-        for p in self.stem:
-            p.requires_grad_(reached)
-            if not reached:
-                p.grad = None
-        self.modes = modes
-
-    def _enter(self, candidate: Candidate, progress: float, reason: str) -> None:
-        """Settle on a candidate and say so."""
-        self.candidate = candidate
-        self.switch(candidate)
-        curve = self._bypass_set(candidate)[1]
+    def enter(self, candidate: Candidate, progress: float, reason: str) -> Candidate:
+        """Settle on a candidate, or within a budget on the largest that fits, and say so."""
+        candidate = self.candidate = memory.settle(self, candidate, progress)
+        curve = self.bypass_set(candidate)[1]
         point = next((c for c in curve if c["size"] == sum(m == "bypass" for m in self.modes.values())), None)
         state = {"stage": self.stage, "reason": reason, "active": self.active, "modes": self.modes}
-        self._emit("modes", progress, **state, fidelity=point, fidelity_curve=curve)
+        self.emit("modes", progress, **state, fidelity=point, fidelity_curve=curve)
+        return candidate
 
     def _search(self, options: Sequence[Candidate]) -> Candidate:
         """Ask the supernet which candidate pays most; the linear schedule's when it cannot be afforded."""
-        settings, seconds, result = self.settings, self._search_seconds(), None
+        settings, result = self.settings, None
+        if self.budget is not None:
+            memory.settle(self, options[0], self.stage / settings.stages)  # measured once, before any of them trains
+            affordable = [c for c in options if memory.fits(self, c)] or [options[0]]
+            self._stopped, options = len(affordable) < len(options), affordable
         if len(options) > 1:
-            result = SEARCHES[settings.search](self, options, seconds)
+            result = SEARCHES[settings.search](self, options, self._search_seconds())
         if result is None:
-            sizes = block_sizes(self.blocks, self._ranking(trainable=True))
+            sizes = block_sizes(self.blocks, self.ranking(trainable=True))
             m = at_least_one((self.stage + 1) / settings.stages, sizes)
             chosen = min(options, key=lambda c: (abs(c.active - m), c.skipped))
             result = SearchResult(settings.search, chosen, 0)
             result.note = "search unaffordable" if len(options) > 1 else "one candidate"
+        self._stopped = self._stopped and result.chosen.active == max(c.active for c in options)
         self.search_steps += result.steps
-        self._emit("search", self.stage / settings.stages, stage=self.stage, **result.record())
+        self.emit("search", self.stage / settings.stages, stage=self.stage, **result.record())
         return result.chosen
 
     def _search_seconds(self) -> float:
         if self.seconds is not None:
             return self.settings.search_budget * self.seconds / self.settings.stages
         steps = self.settings.search_budget * self.total_steps / self.settings.stages
-        return steps * self._full_step_seconds()
+        return steps * self.full_step_seconds()
 
-    def _full_step_seconds(self) -> float:
-        return float(self.decide("full step seconds", lambda: self._timed(Candidate(len(self.candidates)))))
+    def full_step_seconds(self) -> float:
+        return float(self.decide("full step seconds", self._full_step_timed))
 
-    def _step_cost(self) -> StepCost:
+    def _full_step_timed(self) -> float:
+        """Time the full step, or the largest that the memory allows, scaled by FLOPs."""
+        whole = Candidate(len(self.candidates))
+        timed = memory.largest(self, whole)
+        seconds = self._timed(timed)
+        if timed == whole:
+            return seconds
+        cost, modes = self.step_cost(), self.modes_of(timed, self.bypass_set(timed)[0])
+        return seconds * cost.step(self.modes_of(whole, ())) / cost.step(modes)
+
+    def step_cost(self) -> StepCost:
         if self._cost is None:
             with forked_rng(0):
-                batch = next(iter(self._score_batches()))
+                batch = next(iter(self.score_batches()))
             self._cost = StepCost.measure(
-                self.model, self.blocks, lambda: self._loss_fn(self.model, batch), batch_size(batch)
+                self.model, self.blocks, lambda: self.loss_fn(self.model, batch), batch_size(batch)
             )
         return self._cost
 
     def estimate(self, candidate: Candidate) -> float:
         """Seconds of one training step of a candidate (Trial), by FLOPs from the one timed full step."""
-        cost = self._step_cost()
-        whole = self._modes_of(Candidate(len(self.candidates)), ())
+        cost = self.step_cost()
+        whole = self.modes_of(Candidate(len(self.candidates)), ())
         again = checkpointed(self.blocks)
-        flops = [cost.step(modes, checkpointed=again) for modes in (self._modes_of(candidate), whole)]
-        return self._full_step_seconds() * flops[0] / flops[1]
+        flops = [cost.step(modes, checkpointed=again) for modes in (self.modes_of(candidate), whole)]
+        return self.full_step_seconds() * flops[0] / flops[1]
 
     def cost(self, candidate: Candidate) -> float:
         """Seconds of one training step of a candidate (Trial): FLOPs by the model clock, else timed and recorded."""
@@ -370,10 +362,10 @@ class EntProg:
         return float(self.decide(key, lambda: self._timed(candidate)))
 
     def _timed(self, candidate: Candidate) -> float:
-        before = dict(self.modes)
+        before, keeping = self.modes, self.keeping
         self.switch(candidate)
         if self.clock == "model":
-            seconds = self._step_cost().seconds(self.modes, checkpointed=checkpointed(self.blocks))
+            seconds = self.step_cost().seconds(self.modes, checkpointed=checkpointed(self.blocks))
         else:
             start, times = self.snapshot(), []
             for _ in range(TIMING_STEPS):
@@ -383,36 +375,36 @@ class EntProg:
             start.restore()
             seconds = min(times[1:])  # the first step after a switch does not count
         if before:
-            self._apply(before)
+            memory.apply(self, before, keeping)
         return seconds
 
     def train(self, start: int, steps: int) -> None:
         """Train on the stage's batches start, start + 1, ... (Trial)."""
-        assert self._optimizer is not None
+        assert self.optimizer is not None
         for i in range(start, start + steps):
-            batch = self._stream[i]
+            batch = self.stream[i]
             with parallel.own_noise(self.model, 1000 + i):
-                self._backward(self._loss(self.model, batch))
-                self._optimizer.step()
-                self._optimizer.zero_grad(set_to_none=True)
+                self._backward(self.loss(self.model, batch))
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
 
     def losses(self) -> Tensor:
         """Held-out losses (n,) of the whole network: fixed noise, raw weights, eval mode (Trial)."""
-        with running(self.blocks, "train"), at_average(self._optimizer):  # nothing sits out
-            values = held_out_losses(self.model, self._loss_fn, self.held_out)
+        with running(self.blocks, "train"), at_average(self.optimizer):  # nothing sits out
+            values = held_out_losses(self.model, self.loss_fn, self.held_out)
             draws = 1 if len(values) >= 8 else 8 // len(values)  # a single number could not tell a tie
             if draws > 1:
-                values = held_out_losses(self.model, self._loss_fn, self.held_out * draws)
+                values = held_out_losses(self.model, self.loss_fn, self.held_out * draws)
             for batch in (self.held_out * draws)[:: parallel.ranks(self.model)]:
-                self._charge(batch, backward=False)
+                self.charge(batch, backward=False)
             return values
 
     def snapshot(self) -> Snapshot:
         """Copy everything training can change (Trial)."""
-        assert self._optimizer is not None
+        assert self.optimizer is not None
         parameters = [p for b in self.blocks for p in (*b.parameters(), *b.adapters)] + self.always + self.stem
-        taken = Snapshot.take(parameters, self._optimizer)
-        self._snapshots.add(taken)
+        taken = Snapshot.take(parameters, self.optimizer, host=self.budget is not None)
+        self.snapshots.add(taken)
         return taken
 
     def state_dict(self) -> dict[str, Any]:
@@ -427,9 +419,17 @@ class EntProg:
             "decisions": self.decisions,
             "search_steps": self.search_steps,
             "model_seconds": self.model_seconds,
-            "step_cost": asdict(self._step_cost()),
+            "step_cost": asdict(self.step_cost()),
             "settings": asdict(self.settings),
+            "memory": memory.state(self),
         }
+
+    def release(self) -> None:
+        """Give the model back for use when training is over: its own weights, every block running, none checkpointed.
+
+        state_dict() and save_pretrained() of the model hold its own weights before that, too.
+        """
+        memory.release(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where state_dict left off. ValueError if the setting is another one."""
@@ -445,5 +445,6 @@ class EntProg:
         self.candidate = Candidate(**state["candidate"]) if state["candidate"] else None
         self.scores = Scores(**state["scores"]) if state["scores"] else None
         self.skip_order, self.decisions = list(state["skip_order"]), dict(state["decisions"])
+        memory.load(self, state["memory"])
         if state["modes"]:
-            self._apply(dict(state["modes"]))
+            memory.apply(self, state["modes"], self.keeping)

@@ -115,7 +115,7 @@ def block_influence(
     return make_scores("block_influence", [b.name for b in blocks], torch.cat(rows))
 
 
-def _samples(batch: Any) -> list[Any]:
+def samples(batch: Any) -> list[Any]:
     """Split a dict of tensors with one first axis into its samples; any other batch stays whole."""
     if not isinstance(batch, dict) or not all(isinstance(v, Tensor) and v.ndim for v in batch.values()):
         return [batch]
@@ -137,15 +137,15 @@ def _block_gradients(
     flat = [p for group in parameters for p in group]
     pending = [p.grad for p in flat]
     total = [torch.zeros_like(p) for p in flat]
-    samples = _samples(batch)
+    parts = samples(batch)
     with preserved(model, blocks), parallel.own_noise(model, seed), torch.enable_grad():
         for p in flat:
             p.grad = None
         set_active(blocks, blocks)
-        for sample in samples:
+        for sample in parts:
             grads = parallel.gradients(model, loss_fn(model, sample), flat)
             for sum_, g in zip(total, grads, strict=True):
-                sum_ += g / len(samples)
+                sum_ += g / len(parts)
     total = parallel.mean(model, total)
     for p, grad in zip(flat, pending, strict=True):
         p.grad = grad

@@ -271,7 +271,8 @@ def profile(
 
     inputs: arguments of forward, tensors on any device (only shapes count). blocks: Blocks or their names, by default
     those of find_blocks, which is not verified here. always: modules made for the task. device: "cuda" or "cpu", whose
-    kernels save what. dtype: precision of the weights and inputs planned for, by default their own.
+    kernels save what. dtype: precision of the weights and inputs planned for, by default their own. lora_rank: 0 leaves
+    adapters out.
 
     ValueError for unknown names; a model whose forward reads values of tensors cannot run without them.
     """
@@ -294,7 +295,7 @@ def profile(
             machine.capture(outside, reached)
     order = list(machine.captures["all", True].calls)
     by_name = {b.name: b for b in found}
-    adapters = _adapters(machine, lora_rank)
+    adapters = _adapters(machine, lora_rank) if lora_rank else dict.fromkeys(machine.kind_of.values(), 0)
     return Profile(
         blocks={n: sum(p.numel() for p in by_name[n].parameters()) for n in order},
         bytes={n: tensor_bytes(by_name[n].module.parameters()) for n in order},

@@ -6,10 +6,13 @@ trains them from the present weights and returns the one that paid (supernet.py)
 
 A share of the blocks is a share of their parameters: HunyuanVideo's and Flux's double blocks are 2.4 times as large as
 single ones. `count` is therefore the ranked blocks' sizes, best first; a plain number stands for so many equal blocks.
+
+Where growth stops, `rotated` says which blocks train in turn.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -104,6 +107,23 @@ def candidates(count: Sizes, settings: "Progressive", previous: Candidate | None
 
 
 SCHEDULES: dict[str, Schedule] = {"fixed": fixed, "linear": linear, "adaptive": adaptive}
+
+
+PERIODS = 8  # of rotation in a stage, where no number of steps is given
+
+
+def rotated(ranking: Sequence[str], count: int, period: int, waited: Mapping[str, int], seed: int = 0) -> list[str]:
+    """Draw `count` blocks without replacement, weighted by priority; the same for the same (seed, period).
+
+    Efraimidis and Spirakis (2006): the largest u ** (1 / w) win, u uniform; w falls from 1 for the best block of the
+    ranking to 1 / L for the last. waited: name -> periods since the block last trained; who has waited for twice as
+    many as all blocks need in turn comes first, so that every block trains. Returns names, in the order of the draw.
+    """
+    draw, total = random.Random(f"{seed} {period}"), len(ranking)
+    keys = {name: draw.random() ** (total / (total - place)) for place, name in enumerate(ranking)}
+    patience = 2 * math.ceil(total / count)
+    order = sorted(ranking, key=lambda n: (min(0, patience - waited.get(n, 0)), -keys[n]))
+    return order[:count]
 
 
 def block_sets(candidate: Candidate, ranking: Sequence[str], skip_order: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from entprog.blocks import Block, forked_rng
+from entprog.frozen import PRECISIONS
+from entprog.optim import KEEP
 from entprog.priority import PRIORITIES, lookup
 from entprog.schedule import SCHEDULES
 from entprog.supernet import SEARCHES
@@ -29,6 +31,12 @@ class Progressive:
     search_budget, score_budget: shares of a stage and of the run. rescore: rank again at every "stage" or "never".
     adapters: every block carries LoRA adapters that train throughout, so a frozen block passes exact gradients on.
     also_score: priorities measured beside for the record, their rank correlation with the deciding one logged.
+    frozen_weights: what weights of frozen blocks are kept as, a row of PRECISIONS (frozen.py), or None: as they are.
+    optimizer_state: of blocks that stop training it is "keep"-t, "drop"-ped or "park"-ed on the host; None: kept, or
+    parked within a memory budget. growth: "nested", the best blocks and then more; "rotate", in every period another
+    set of the same size (`rotated`); None: nested until max_memory stops it, then rotating. rotate_every: steps of a
+    period, by default an eighth of a stage. seed: of the rotation. selection: the "top" of the ranking trains, or the
+    "cost_aware" set of largest score whose step costs no more, where gradients pass through what lies behind it.
     """
 
     priority: str = "cei"
@@ -48,6 +56,12 @@ class Progressive:
     rescore: str = "never"
     adapters: bool = False
     also_score: tuple[str, ...] = ()
+    frozen_weights: str | None = None
+    optimizer_state: str | None = None
+    growth: str | None = None
+    rotate_every: int | None = None
+    selection: str = "top"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for priority in (self.priority, *self.also_score):
@@ -58,12 +72,28 @@ class Progressive:
             ("frozen", ("bypass", "pass")),
             ("stem", ("late", "always", "never")),
             ("rescore", ("never", "stage")),
+            ("frozen_weights", (None, *PRECISIONS)),
+            ("optimizer_state", (None, "keep", *KEEP)),
+            ("growth", (None, "nested", "rotate")),
+            ("selection", ("top", "cost_aware")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose one of {choices}")
         shares = {"active_share": self.active_share, "restore_at": self.restore_at, "1 - skip": 1 - self.skip}
         if self.stages < 1 or not all(0 < share <= 1 for share in shares.values()):
             raise ValueError(f"stages ({self.stages}) must be at least 1 and {shares} each in (0, 1]")
+        if self.rotate_every is not None and self.rotate_every < 1:
+            raise ValueError(f"rotate_every {self.rotate_every} must be at least 1 step: hundreds are sensible")
+        if self.selection == "cost_aware" and (self.frozen != "pass" or self.growth == "rotate"):
+            raise ValueError(
+                "selection='cost_aware' weighs the gradients that pass through frozen blocks against the best set's "
+                f"score: set frozen to 'pass', not {self.frozen!r}, and growth to None or 'nested', not {self.growth!r}"
+            )
+        if self.adapters and self.frozen_weights:
+            raise ValueError(
+                f"adapters train inside frozen blocks, so frozen_weights {self.frozen_weights!r} would park nothing: "
+                "leave one of them out"
+            )
         if self.adapters and (self.frozen != "pass" or self.skip):
             raise ValueError(
                 f"adapters train inside frozen blocks, which then have to run: set frozen to 'pass' and skip to 0, not "

@@ -60,8 +60,9 @@ class Trial(Protocol):
 
 @dataclass(eq=False)
 class Snapshot:
-    """Weights, gradient-free, and optimizer state of some parameters, to go back to.
+    """Weights, gradient-free, and optimizer state of some parameters, to go back to; `host`: kept on the host.
 
+    What comes back from the host leaves the optimizer state there: settle the optimizer (optim.py) after `restore`.
     `counts` are the numbers that stand in the optimizer's groups: schedule-free optimizers count their steps there.
     """
 
@@ -70,20 +71,27 @@ class Snapshot:
     weights: list[Tensor]
     state: list[dict[str, Any] | None]
     counts: list[dict[str, float]]
+    host: bool = False
 
     @classmethod
-    def take(cls, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> "Snapshot":
+    def take(
+        cls, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, host: bool = False
+    ) -> "Snapshot":
         """Copy the parameters' values and optimizer state."""
+        weights = [value_of(p).detach() for p in parameters]
         return cls(
             list(parameters),
             optimizer,
-            [value_of(p).detach().clone() for p in parameters],
-            [_copied(optimizer.state.get(p)) for p in parameters],
+            [w.to("cpu", copy=True) if host else w.clone() for w in weights],
+            [_copied(optimizer.state.get(p), host) for p in parameters],
             [{k: group[k] for k in _numbers(group)} for group in optimizer.param_groups],
+            host,
         )
 
     def bytes(self) -> int:
-        """Return what the copies take."""
+        """Return what the copies take beside the model: nothing on the host."""
+        if self.host:
+            return 0
         copies = [v for s in self.state if s for v in s.values() if isinstance(v, Tensor)]
         return sum(t.numel() * t.element_size() for t in [*self.weights, *copies])
 
@@ -153,10 +161,13 @@ class BatchStream:
         raise ValueError("train_batches() yields no batch: pass a callable that gives a new iterator at each call")
 
 
-def _copied(state: dict[str, Any] | None) -> dict[str, Any] | None:
+def _copied(state: dict[str, Any] | None, host: bool = False) -> dict[str, Any] | None:
     if not state:
         return None
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+    return {
+        k: v.to("cpu" if host and v.ndim else v.device, copy=True) if isinstance(v, Tensor) else v
+        for k, v in state.items()
+    }
 
 
 @dataclass

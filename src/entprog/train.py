@@ -21,8 +21,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from entprog import memory
 from entprog.blocks import find_blocks, record_example
 from entprog.checkpoint import RunLog, load_checkpoint, named_state, put_back, save_checkpoint
+from entprog.checkpointing import checkpointed
 from entprog.config import RunConfig, check_same
 from entprog.data.batches import Batch, Data, batch_at, fixed_batches, to_device
 from entprog.ema import Ema
@@ -72,12 +74,11 @@ class Trainer:
         self.wrapped = self._prepare()
         if self.accelerator.num_processes > 1:
             data_parallel(self.wrapped)
-        self.optimizer = torch.optim.AdamW(
-            list(self.wrapped.parameters()), lr=config.lr, weight_decay=config.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.wrapped.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.step = self.segment = self.within = 0
+        self.prog: EntProg | None = None
         self.prog = self._plug_in()
         self.ema = Ema(self.wrapped, config.ema_decay)
-        self.step = self.segment = self.within = 0
         self.cost = StepCost.measure(model, self.blocks, lambda: self.loss_fn(model, self._batch(0, complete=True)))
         self.model_seconds = 0.0
         self.times: list[float] = []  # of the last steps in the present modes
@@ -117,17 +118,11 @@ class Trainer:
             predict=self.predict,
             backward=self._backward,
             always=new_modules(self.model, self.config),
-            strategy=settings,
-            blocks=self.blocks,
-            candidates=[b.name for b in self.candidates],
-            t=lambda batch: batch["t"],
-            clock=self.config.clock,
-            seconds=self.config.seconds,
-            ledger=self.ledger,
-            decide=self._record_decision,
-            on_event=self._write_event,
-            score_batches=self._complete,
-        )
+            strategy=settings, blocks=self.blocks, candidates=[b.name for b in self.candidates],
+            t=lambda batch: batch["t"], clock=self.config.clock, seconds=self.config.seconds, ledger=self.ledger,
+            decide=self._record_decision, on_event=self._write_event, score_batches=self._complete,
+            max_memory=self.config.max_memory,
+        )  # fmt: skip
 
     @property
     def position(self) -> int:
@@ -234,13 +229,15 @@ class Trainer:
         """Let the strategy score, search and switch where it is due, on the run's clock."""
         if self.segment == 0:
             self._evaluate(0.0)
-        if self.prog is None:
-            return
-        before = self.prog.model_seconds
         self._set_lr(max(progress, self.config.lr_warmup))  # a search trains at this rate, past the warm-up
         with self.ledger("training"):
+            self._step_strategy(progress)
+
+    def _step_strategy(self, progress: float) -> None:
+        if self.prog:
+            before = self.prog.model_seconds
             self.prog.step(self.step, self.optimizer, progress)
-        self.model_seconds += self.prog.model_seconds - before
+            self.model_seconds += self.prog.model_seconds - before
 
     def _modes(self) -> dict[str, str]:
         if self.prog:
@@ -260,12 +257,15 @@ class Trainer:
 
     def _step_seconds(self) -> float | None:
         """Seconds of a step in the present modes: by FLOPs, or the recent steps', rescaled if the modes changed."""
-        flops = self.cost.step(self._modes())
+        flops = self._flops(self._modes())
         if self.config.clock == "model":
             return flops / MODEL_CLOCK_FLOPS
         if not self.times:
             return None
-        return median(self.times) * flops / self.cost.step(self.measured_modes)
+        return median(self.times) * flops / self._flops(self.measured_modes)
+
+    def _flops(self, modes: dict[str, str]) -> int:
+        return self.cost.step(modes, checkpointed=checkpointed(self.blocks))
 
     def _lr(self, progress: float) -> float:
         warm = min(1.0, (progress + 1e-3) / self.config.lr_warmup) if self.config.lr_warmup else 1.0
@@ -284,8 +284,7 @@ class Trainer:
     def _train_step(self, progress: float) -> None:
         with self.ledger("training"):
             self._set_lr(progress)
-            if self.prog:
-                self.prog.step(self.step, self.optimizer, progress)
+            self._step_strategy(progress)
             switched = self._modes() != self.measured_modes
             batch = self._batch(self.position, complete=switched)  # what is measured has all its conditions
             begun = now()
@@ -308,12 +307,15 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
         with saved_bytes(ignore=list(self.wrapped.parameters())) as held:
             loss = self.loss_fn(self.wrapped, batch).mean()
-            self.step_bytes = training_bytes(self.wrapped, self.optimizer, held())
+            if self.prog:
+                self.step_bytes = memory.held(self.prog, held())
+            else:
+                self.step_bytes = training_bytes(self.wrapped, self.optimizer, held())
         self.measured_modes, self.times = dict(self._modes()), []
         return loss
 
     def _account(self) -> None:
-        seconds = self.cost.step(self._modes()) / MODEL_CLOCK_FLOPS
+        seconds = self._flops(self._modes()) / MODEL_CLOCK_FLOPS
         self.model_seconds += seconds
         stage = self.stages.setdefault(self.prog.stage if self.prog else 0, {"peak_bytes": 0, "seconds": 0.0})
         stage["peak_bytes"] = max(stage["peak_bytes"], self.step_bytes, self.prog.peak_bytes if self.prog else 0)
@@ -396,6 +398,8 @@ class Trainer:
         """Save the model for use and return the results; results.json is written by `write_results`."""
         if self.ema.average:
             self.ema.swap()
+        if self.prog:
+            self.prog.release()
         with self.ledger("held_out"):
             losses = self.held_out_loss().double()
         final = self._final_model()

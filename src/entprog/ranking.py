@@ -1,0 +1,122 @@
+"""Ranking the blocks in a training run: how many batches it pays for, within which memory, what sits out first.
+
+Inside a memory budget blocks are scored with their own weights, and nothing trains but what a score needs: by skipping
+one sample at a time, by gradients one group of blocks at a time, both checkpointed.
+"""
+
+import math
+from dataclasses import asdict
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from entprog import memory
+from entprog.budget import merged
+from entprog.bypass import choose_skips
+from entprog.cei import Scores, Stop, with_inherited
+from entprog.measure import tensor_bytes
+from entprog.plan import cost_aware
+from entprog.priority import agreement, samples, score
+from entprog.schedule import Candidate, at_least_one, block_sets
+
+if TYPE_CHECKING:
+    from entprog.plugin import EntProg
+
+GRADIENTS = ("gain", "grad_norm")
+
+
+def rank(prog: "EntProg", progress: float) -> None:
+    """Score the blocks and order them for skipping."""
+    settings, count = prog.settings, len(prog.candidates)
+    sizes = tuple(sorted({at_least_one(share, count) for share in settings.grid}))
+    stop = Stop(sizes) if settings.schedule == "adaptive" else None
+    if prog.budget is None:
+        prog.switch(Candidate(count))
+    prog.step_cost()
+    batches = prog.decide(f"score batches at stage {prog.stage}", lambda: batches_within_budget(prog))
+    names = [b.name for b in prog.blocks]  # a zero-initialised block takes its host's place
+    prog.scores = with_inherited(_scored(prog, settings.priority, batches, stop), names)
+    for other in settings.also_score:
+        half = max(2, batches // 2)  # for the record, at half the price
+        beside = with_inherited(_scored(prog, other, half, stop), names)
+        prog.emit("score", progress, **asdict(beside), agreement=agreement(beside, prog.scores))
+    prog.skip_order = _order_for_skipping(prog, prog.scores, min(int(settings.skip * count), count - 1))
+    prog.emit("score", progress, **asdict(prog.scores), skip_order=prog.skip_order)
+
+
+def batches_within_budget(prog: "EntProg") -> int:
+    """Return how many batches score_budget pays for, at least 4 and at most 64.
+
+    In full steps, a batch costs a priority with gradients 1 and one that skips blocks 1/3 + L/6.
+    """
+    if prog.seconds is None:
+        return 8
+    by_skipping = (1 + len(prog.blocks) / 2) / 3
+    steps = 1.0 if prog.settings.priority in GRADIENTS else by_skipping
+    steps += 0.5 * by_skipping * len(prog.settings.also_score)
+    per_batch = steps * prog.full_step_seconds()
+    return int(min(64, max(4, prog.settings.score_budget * prog.seconds / per_batch)))
+
+
+def _scored(prog: "EntProg", priority: str, batches: int, stop: Stop | None) -> Scores:
+    drawn: Any = islice(prog.score_batches(), batches)
+    groups, held = [prog.blocks], 0
+    if prog.budget is not None:
+        drawn = list(drawn)
+        if priority in GRADIENTS:
+            keeping, groups, count = prog.budget.groups(prog.blocks, batches if priority == "gain" else 0)
+            drawn = drawn[: count or None]
+            held = 1 + count  # the sum over the samples, and of gain every batch's
+        else:
+            keeping = prog.budget.scores_kept()
+            drawn = [sample for batch in drawn for sample in samples(batch)]
+        memory.rest(prog, keeping)
+    elif priority == "gain":  # holds every batch's gradients until all are there
+        held = batches
+    parts = []
+    for group in groups:
+        prog.held_bytes = held * tensor_bytes(p for b in group for p in b.parameters())
+        parts.append(
+            score(
+                prog.model,
+                group,
+                prog.prediction,
+                drawn,
+                priority,
+                loss_fn=prog.loss,
+                t=prog.t,
+                stop=stop,
+            )
+        )
+    prog.held_bytes = 0
+    return parts[0] if len(parts) == 1 else merged(parts, prog.blocks)
+
+
+def selected(prog: "EntProg", candidate: Candidate) -> tuple[list[str], list[str]]:
+    """Names of a candidate's trainable and skipped blocks: the ranking's best, or by `cost_aware` at the same price.
+
+    The price is that of the best blocks in forwards, gradients passing through what lies behind the first (plan.py).
+    """
+    ranking = prog.ranking()
+    if prog.settings.selection == "top" or prog.drawn or prog.scores is None:
+        return block_sets(candidate, ranking, prog.skip_order)
+    flops, best = prog.step_cost().blocks, ranking[: candidate.active]
+    names = list(flops)
+    behind = names[min(names.index(n) for n in best) :]
+    price = sum(flops.values()) + sum(flops[n] for n in behind) + sum(flops[n] for n in best)
+    scores = {n: prog.scores.values[n] if n in prog.candidates else -math.inf for n in names}
+    costs = {n: dict.fromkeys(("forward", "input", "weight"), f) for n, f in flops.items()}
+    chosen = cost_aware(scores, costs, price)
+    order = [*chosen, *(n for n in ranking if n not in chosen)]
+    return block_sets(Candidate(len(chosen), candidate.skipped), order, prog.skip_order)
+
+
+def _order_for_skipping(prog: "EntProg", scores: Scores, count: int) -> list[str]:
+    """Names of all blocks, the one that changes the prediction least first.
+
+    Scores by skipping have measured every block's change on the way; others cost a greedy search of their own.
+    """
+    if not count or scores.changes:
+        return sorted(scores.changes, key=lambda name: scores.changes[name])
+    batch = next(iter(prog.score_batches()))
+    keep = scores.ranking[:1]
+    return [s["name"] for s in choose_skips(prog.model, prog.blocks, prog.prediction, batch, count, keep)]

@@ -1,0 +1,283 @@
+"""One memory budget: what is kept how, what fits, rotation, exact resume, refusals."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from itertools import count, islice
+
+import pytest
+import torch
+from conftest import Plain
+from safetensors.torch import load_file
+from torch import nn
+
+from entprog import memory
+from entprog.blocks import find_blocks
+from entprog.budget import Keeping, merged
+from entprog.config import RunConfig
+from entprog.data.synthetic import figures
+from entprog.measure import saved_bytes
+from entprog.models.pose_dit import pose_dit
+from entprog.modes import running, set_active
+from entprog.plugin import EntProg
+from entprog.priority import score
+from entprog.schedule import rotated
+from entprog.strategy import Progressive
+from entprog.train import Trainer
+
+STATE = {"frozen_weights": "int8", "optimizer_state": "park", "growth": "rotate", "rotate_every": 2}
+
+
+def batches():
+    """Endless batches, the same at every call."""
+    for i in count():
+        yield {"x": torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(i))}
+
+
+def loss_fn(model, batch):
+    return (model(batch["x"]) - batch["x"].roll(1, -1)).square().flatten(1).mean(1)
+
+
+class Run:
+    """A loop of one's own that measures every step it takes."""
+
+    def __init__(self, settings, steps=16, max_memory=None, depth=6, **kwargs):
+        torch.manual_seed(0)
+        self.model = Plain(depth=depth, width=32)
+        held_out = next(islice(batches(), 900, None))
+        self.prog = EntProg(self.model, loss_fn, held_out=held_out, train_batches=batches, total_steps=steps,
+                            strategy=settings, clock="model", max_memory=max_memory, **kwargs)  # fmt: skip
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.steps, self.history, self.bytes, self.peaks = steps, [], [], []
+
+    def go(self, begin=0, end=None):
+        for step, batch in islice(enumerate(batches()), begin, end or self.steps):
+            self.prog.step(step, self.optimizer)
+            self.history.append(tuple(self.prog.active))
+            with saved_bytes(ignore=list(self.model.parameters())) as held:
+                loss = loss_fn(self.model, batch).mean()
+                self.bytes.append(memory.held(self.prog, held()))
+            self.peaks.append(self.prog.peak_bytes)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return self
+
+
+def cei_rotating(**changes):
+    return Progressive(**{"priority": "cei", "schedule": "fixed", "active_share": 0.34, "stages": 2} | STATE | changes)
+
+
+@cache
+def full_need(depth=6):
+    """Bytes of a step that trains everything, by the run's own accounting."""
+    settings = Progressive(priority="first", schedule="fixed", active_share=1.0, stages=1)
+    return max(Run(settings, steps=1, depth=depth).go().bytes)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Progressive(
+            priority="gain", also_score=("cei",), schedule="linear", stages=2, min_fidelity=0.5, rotate_every=4
+        ),
+        Progressive(priority="cei", schedule="linear", stages=2, frozen="pass", rotate_every=4),
+        Progressive(priority="cei", search="race", stages=2, search_budget=0.6, min_fidelity=0.5),
+    ],
+    ids=["gain", "pass", "race"],
+)
+def test_a_run_never_exceeds_its_memory_and_every_block_trains(settings):
+    limit = int(0.5 * full_need())
+    run = Run(settings, steps=64, max_memory=limit).go()
+    assert max(run.bytes) <= limit, "every step"
+    assert max(run.peaks) <= limit, "scoring, searching, fidelity and trials"
+    assert min(run.peaks) > 0.2 * limit, "they were counted"
+    checks = [e for e in run.prog.events if e["event"] == "plan_check"]
+    assert checks and all(abs(e["error"]) < 0.2 for e in checks)
+    if settings.schedule == "linear":
+        assert max(map(len, run.history)) < 6, "growth stopped"
+        assert {name for active in run.history for name in active} == {b.name for b in run.prog.blocks}
+
+
+def test_enough_memory_changes_nothing():
+    settings = Progressive(priority="cei", schedule="linear", stages=2, optimizer_state="park")
+    free, bound = Run(settings).go(), Run(settings, max_memory="1GiB").go()
+    assert [len(a) for a in free.history] == [len(a) for a in bound.history]
+    assert bound.prog.keeping == Keeping() and not any(e["event"] == "rotated" for e in bound.prog.events)
+    assert free.prog.scores.ranking == bound.prog.scores.ranking
+
+
+def test_what_makes_room_changes_no_number():
+    """Checkpointed, with weights streamed from the host and parked moments: the same weights after every step."""
+    settings = Progressive(priority="last", schedule="linear", stages=2, frozen="pass", growth="nested")
+    free = Run(settings, max_memory="1GiB").go(end=4)
+    assert free.prog.keeping == Keeping()
+    limit = int(1.03 * free.prog.budget.training(free.prog.modes, Keeping("cpu", True)))
+    bound = Run(settings, max_memory=limit).go(end=4)
+    assert bound.prog.keeping == Keeping("cpu", True) and bound.history == free.history
+    assert max(bound.bytes) <= limit < 0.95 * max(free.bytes)
+    bound.prog.release()
+    assert all(torch.equal(p, q) for p, q in zip(bound.model.parameters(), free.model.parameters(), strict=True))
+    assert not any("forward" in vars(m) for m in bound.model.modules()), "as it was found"
+
+
+@pytest.mark.parametrize("max_memory", [None, 0.6])
+def test_resume_is_exact_with_rotation_int8_and_parked_state(max_memory):
+    limit = max_memory and int(max_memory * full_need())
+    whole = Run(cei_rotating(), steps=12, max_memory=limit).go()
+    assert len(set(whole.history)) > 3
+    first = Run(cei_rotating(), steps=12, max_memory=limit).go(end=5)  # within a period
+    state, weights = first.prog.state_dict(), {k: v.clone() for k, v in first.model.state_dict().items()}
+    moments = first.optimizer.state_dict()
+    second = Run(cei_rotating(), steps=12, max_memory=limit)
+    second.prog.load_state_dict(state)
+    second.model.load_state_dict(weights)
+    second.optimizer.load_state_dict(moments)
+    second.go(begin=5)
+    assert second.history == whole.history[5:]
+    ours, theirs = second.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+def test_frozen_weights_and_optimizer_state_follow_every_switch():
+    run = Run(cei_rotating(optimizer_state="drop"))
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    run.go(end=1)
+    for block in run.prog.blocks:
+        parked = [hasattr(p, "_entprog_parked") for p in block.parameters()]
+        assert any(parked) != (block.name in run.prog.active)
+        if block.name not in run.prog.active:
+            own = {k: v for k, v in run.model.state_dict().items() if k.startswith(f"{block.name}.")}
+            assert all(torch.equal(v, before[k]) for k, v in own.items()), "originals, not what they were rounded to"
+    run.go(begin=1)
+    kept = [p for b in run.prog.blocks for p in b.parameters() if p in run.optimizer.state]
+    assert all(p.requires_grad for p in kept) and kept, "state of what trains only"
+
+
+def test_rotation_is_deterministic_weighted_and_reaches_every_block():
+    ranking, waited, drawn = [f"b{i}" for i in range(10)], {}, []
+    for period in range(60):
+        now = rotated(ranking, 3, period, waited)
+        assert now == rotated(ranking, 3, period, waited) and len(set(now)) == 3
+        waited = {n: 0 if n in now else waited.get(n, 0) + 1 for n in ranking}
+        assert max(waited.values()) <= 2 * 4 + 4
+        drawn += now
+    assert drawn.count("b0") + drawn.count("b1") > 2 * (drawn.count("b8") + drawn.count("b9"))
+    assert rotated(ranking, 3, 1, {}) != rotated(ranking, 3, 1, {}, seed=1)
+
+
+def test_rotation_holds_its_set_for_a_period_and_frozen_weights_still():
+    run = Run(cei_rotating(rotate_every=4)).go()
+    assert all(len(set(run.history[i : i + 4])) == 1 for i in range(0, 16, 4)) and len(set(run.history)) > 1
+    assert {len(a) for a in run.history} == {2}
+    reasons = [e["reason"] for e in run.prog.events if e["event"] == "modes"]
+    assert reasons == ["stage", "rotated", "stage", "rotated"]
+
+
+def test_gain_of_groups_is_gain_of_all():
+    torch.manual_seed(0)
+    model = Plain(depth=4, width=8)
+    model.blocks[1].extra = nn.Linear(8, 8)  # blocks of two sizes
+    blocks = find_blocks(model)
+    some = [{"x": torch.randn(2, 5, 8)} for _ in range(3)]
+
+    def of(group):
+        with running(blocks, "pass"):
+            set_active(blocks, [], frozen="pass")
+            return score(model, group, lambda m, b: m(b["x"]), some, "gain", loss_fn=lambda m, b: loss_fn(m, b).mean())
+
+    whole, parts = of(blocks), merged([of(blocks[:1]), of(blocks[1:])], blocks)
+    assert parts.ranking == whole.ranking
+    assert parts.values == pytest.approx(whole.values, rel=1e-5)
+    assert list(parts.intervals) == list(whole.intervals)
+
+
+def test_a_step_that_holds_more_than_predicted_is_made_smaller_before_it_is_taken():
+    limit = int(0.6 * full_need())
+    settings = Progressive(priority="cei", schedule="fixed", active_share=0.75, stages=1, frozen="pass")
+    run = Run(settings, steps=4, max_memory=limit)
+    honest = run.prog.budget.training
+    run.prog.budget.training = lambda modes, keeping: honest(modes, keeping) // 2
+    run.go()
+    checks = [e for e in run.prog.events if e["event"] == "plan_check"]
+    assert checks[0]["measured"] > limit and checks[0]["error"] > 0.5, "the prediction was wrong"
+    assert max(run.bytes) <= limit and max(run.peaks) <= 1.5 * limit and 0 < len(run.history[0]) < 5
+
+
+def test_cost_aware_selection_scores_at_least_as_much_at_no_more_cost():
+    settings = Progressive(priority="stride", schedule="fixed", active_share=0.34, stages=1, frozen="pass")
+    top = Run(settings, steps=1).go().prog
+    aware = Run(replace(settings, selection="cost_aware"), steps=1).go().prog
+    names = [b.name for b in top.blocks]
+
+    def worth(prog):
+        return sum(prog.scores.values[n] for n in prog.active)
+
+    def price(prog):
+        return len(names) - min(map(names.index, prog.active)) + len(prog.active)
+
+    assert set(top.active) == set(top.scores.ranking[:2]) and price(top) == 6 + 2, "block 0 is the best of all"
+    assert worth(aware) > worth(top) and price(aware) <= price(top)
+
+
+def test_budgets_that_cannot_be_kept_are_refused():
+    cei = {"priority": "cei", "stages": 1}
+    with pytest.raises(ValueError, match=r"max_memory .* is too little: the least is .* MiB, for .* one block"):
+        Run(Progressive(**cei, frozen="pass"), max_memory="64 KiB")
+    with pytest.raises(ValueError, match="not a size"):
+        Run(Progressive(**cei), max_memory="much")
+    with pytest.raises(ValueError, match="optimizer_state='keep'"):
+        Run(Progressive(**cei, optimizer_state="keep"), max_memory="1GiB")
+    with pytest.raises(ValueError, match="oracle"):
+        Run(Progressive(priority="oracle"), max_memory="1GiB")
+    with pytest.raises(ValueError, match="adapters"):
+        Run(Progressive(adapters=True, frozen="pass"), max_memory="1GiB")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frozen_weights": "int3"}, "frozen_weights 'int3' is unknown"),
+        ({"optimizer_state": "burn"}, "optimizer_state 'burn' is unknown"),
+        ({"growth": "shrink"}, "growth 'shrink' is unknown"),
+        ({"rotate_every": 0}, "rotate_every 0"),
+        ({"selection": "cost_aware"}, "set frozen to 'pass'"),
+        ({"adapters": True, "frozen": "pass", "frozen_weights": "int8"}, "adapters"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Progressive(**change)
+
+
+def test_the_trainer_keeps_a_budget_and_resumes_in_it_exactly(tmp_path):
+    config = RunConfig(
+        steps=12, clips=16, held_out_clips=8, size=8, frames=2, batch_size=2, evaluations=1, checkpoint_every=5,
+        stages=2, clock="model", frozen_weights="int8", rotate_every=3, max_memory=1_700_000, strategy="paper",
+        schedule="linear",
+    )  # fmt: skip
+
+    class Killed(Exception):
+        pass
+
+    def trainer(out, dies=False):
+        def on_progress(info):
+            if dies and info["step"] == 8:
+                raise Killed
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = pose_dit("T", hidden_size=32, depth=4, num_heads=2)
+        data, held_out = figures(24, size=8, frames=2), figures(8, size=8, frames=2, seed=5)
+        return Trainer(config, model, data, held_out, tmp_path / out, on_progress)
+
+    results = trainer("whole").run()
+    with pytest.raises(Killed):
+        trainer("broken", dies=True).run()
+    assert trainer("broken").run()["held_out_losses"] == results["held_out_losses"]
+    ours, theirs = (load_file(tmp_path / n / "checkpoints/final/diffusion_pytorch_model.safetensors")
+                    for n in ("whole", "broken"))  # fmt: skip
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    assert results["peak_bytes"] <= config.max_memory
+    events = [json.loads(line) for line in (tmp_path / "whole" / "events.jsonl").read_text().splitlines()]
+    assert "rotated" in [e.get("reason") for e in events] and any(e["event"] == "plan_check" for e in events)
