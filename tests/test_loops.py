@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 
 from entprog.blocks import find_blocks
+from entprog.frozen import settle_weights, weight_bytes
 from entprog.modes import set_active
 from entprog.plugin import EntProg
 from entprog.strategy import Progressive
@@ -130,6 +131,21 @@ def test_a_reference_network_without_gradients_is_not_taken_for_reentrant():
 
 
 # -- PEFT -------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_beside_adapters_that_train_are_parked():
+    torch.manual_seed(0)
+    model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
+    whole = get_peft_model(model, LoraConfig(r=2, target_modules=r"blocks\.\d+\.mlp\.[02]", init_lora_weights=False))
+    model = whole.get_base_model()
+    blocks = find_blocks(model, inputs)
+    set_active(blocks, blocks)
+    expected = gradients(model, inputs)
+    settle_weights(model, blocks, "cpu")
+    base = [p for n, p in model.named_parameters() if "blocks" in n and n.endswith("base_layer.weight")]
+    assert weight_bytes(model)["host"] == sum(p.nbytes for p in base) and len(base) == 8
+    found = gradients(model, inputs)
+    assert len(found) == 16 and all(torch.allclose(g, expected[n]) for n, g in found.items())
 
 
 def with_adapters():

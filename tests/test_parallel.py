@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import two_processes as two
+from conftest import Plain
+from torch.utils.checkpoint import checkpoint
 
 
 def in_two(what, folder):
@@ -137,6 +139,31 @@ def test_without_a_process_group_there_is_nothing_to_do():
     model = two.plain("alone")
     with pytest.raises(ValueError, match="torchrun"):
         two.entprog.data_parallel(model)
+
+
+def test_after_a_backward_pass_that_broke_off_nothing_goes_on_unaveraged():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, x = Plain(), torch.randn(2, 5, 8)
+        averaged = two.entprog.data_parallel(model)
+        model.blocks[0].register_full_backward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(x).sum().backward()
+        model.blocks[0]._backward_pre_hooks.clear()
+        model.zero_grad(set_to_none=True)
+        for _ in range(2):  # not only once
+            with pytest.raises(RuntimeError, match="data_parallel.model. again"):
+                model(x)
+        averaged.remove()
+        averaged = two.entprog.data_parallel(model)
+        expected = 0
+        for _ in range(2):
+            checkpoint(model, x, use_reentrant=False).sum().backward()  # runs the model again in backward
+            expected += sum(p.nbytes for p in model.parameters())
+            assert averaged.sent == expected
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_trainer_shares_the_batch_and_only_rank_0_writes(ranks, tmp_path):

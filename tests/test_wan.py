@@ -1,6 +1,7 @@
 """Wan's pipeline folders, tiny and random: encoding, training and sampling are those of the pipelines themselves."""
 
 import json
+import shutil
 from pathlib import Path
 from types import MethodType
 
@@ -178,16 +179,34 @@ def test_encoding_happens_once_and_knows_its_model_and_caption(folders, data):
     assert main(["prepare", "--model", str(folder), str(data)]) == 0
     cache = encode(data, folder)
     before = {p: p.stat().st_mtime_ns for p in (data / cache).iterdir()}
-    assert len(before) == 1 + len(list((data / "shards").iterdir()))
+    assert len(before) == 2 + len(list((data / "shards").iterdir()))  # the empty prompt, and a folder of texts
     assert encode(data, folder) == cache
     assert before == {p: p.stat().st_mtime_ns for p in (data / cache).iterdir()}
-    assert encode(data, folder, "a person", ["test"]) != cache  # one prompt for all
     config = settings(folder, data)
     column = load_data(config, "train")[0]
     assert column["video"].shape == (7, 4, 3, 4, 4) and column["control"].shape == (7, 72, 3, 4, 4)
     assert column["text"].shape == (7, 512, 16) and len(column["video"].buckets()) == 2
     texts = column["text"].take([0, 1, 2, 3])
     assert torch.equal(texts[0], texts[2]) and not torch.equal(texts[0], texts[1])
+
+
+def test_a_changed_caption_is_encoded_again_and_the_video_is_not(folders, data, tmp_path, monkeypatch):
+    folder, copied = folders("t2v"), tmp_path / "data"
+    shutil.copytree(data, copied, ignore=shutil.ignore_patterns("cache"))
+
+    def texts(caption=None):
+        return load_data(settings(folder, copied, caption=caption), "train")[0]["text"].take(range(4))
+
+    before = texts()
+    monkeypatch.setattr(Encoders, "columns", lambda *_: pytest.fail("the video is encoded again"))
+    one_for_all = texts("a person walks in the red room")
+    assert torch.equal(one_for_all, before[:1].expand(4, -1, -1)), "clip 0's caption"
+    manifest = copied / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace("a person dances", "nobody sings"))
+    after = texts()
+    assert torch.equal(after[::2], before[::2]) and not torch.equal(after[1], before[1])
+    monkeypatch.setattr(Encoders, "__init__", lambda *_: pytest.fail("nothing is left to encode"))
+    assert torch.equal(texts(), after) and torch.equal(texts("a person walks in the red room"), one_for_all)
 
 
 def test_latents_have_the_models_own_normalisation(folders, data):
@@ -221,7 +240,7 @@ def test_bad_input_says_what_to_do(folders, data, tmp_path):
         encode(tmp_path / "data", folders("animate"), "a person")
     clip = make_clip(0, size=24)
     with pytest.raises(ValueError, match="do not divide by 16"):
-        Encoders(folder, "").columns(wan.Clip(clip.video, clip.video, clip.reference), "")
+        Encoders(folder).columns(wan.Clip(clip.video, clip.video, clip.reference))
     with pytest.raises(ValueError, match="leave them out"):
         model_of(settings(folder, data, objective="epsilon"))
     with pytest.raises(ValueError, match="leave expert out"):

@@ -6,8 +6,8 @@
     fp8         float8_e4m3fn, one scale a row       3e-2                 keeps small weights of a row better than int8
     cpu         nothing but a ring of two blocks     none                 weights arrive from the host ahead of use
 
-`settle_weights` parks the weights of linear and convolution layers in every block that does not train, and brings those
-of blocks that train back. The originals wait on the host in their own dtype (pinned beside a GPU) and come back bit for
+`settle_weights` parks the weights of linear and convolution layers in blocks, those that do not train, and brings those
+that train back. The originals wait on the host in their own dtype (pinned beside a GPU) and come back bit for
 bit in the same Parameter objects, so that the optimizer goes on. Meanwhile the parameter's data is one NaN expanded to
 its shape: shape, dtype and device are kept, a write raises, a read that goes round the layer shows itself. `state_dict`
 gives the originals, `load_state_dict` stores what it loads, a deep copy is parked like the model it was made of; what
@@ -33,7 +33,6 @@ from torch.nn import functional as F
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from entprog.blocks import Block
-from entprog.modes import mode_of
 from entprog.ring import ALIGNMENT, Ring
 
 # layer -> (product, its input gradient); exact classes only: a subclass may use its weight some other way
@@ -340,7 +339,7 @@ def _layers(model: nn.Module, blocks: Sequence[Block]) -> list[list[nn.Module]]:
 
 @torch.no_grad()
 def settle_weights(model: nn.Module, blocks: Sequence[Block], precision: str | None) -> None:
-    """Park the weights of the blocks that do not train and bring back those of the blocks that do.
+    """Park the blocks' weights that do not train, beside adapters too, and bring back those that do.
 
     Call it after every `set_active`, before the forward pass; repeated, it changes nothing. `precision` is one of
     PRECISIONS, or None to bring everything back. Weights that require a gradient, that something else holds too, that
@@ -351,11 +350,9 @@ def settle_weights(model: nn.Module, blocks: Sequence[Block], precision: str | N
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"frozen weights cannot be kept as {precision!r}: choose one of {[*PRECISIONS, None]}")
     layers = _layers(model, blocks)
-    wanted: list[list[nn.Module]] = [[] for _ in blocks]
-    if precision is not None:
-        for i, block in enumerate(blocks):
-            if mode_of(block) != "train":
-                wanted[i] = [m for m in layers[i] if _suits(m, precision)]
+    wanted: list[list[nn.Module]] = []
+    if precision is not None:  # weights of a block that trains suit too, beside adapters for instance
+        wanted = [[m for m in group if _suits(m, precision)] for group in layers]
     for module in (m for group in wanted for m in group):  # room is made before it is taken
         parked = _parked(module)
         if parked is not None and parked.precision != precision:

@@ -58,14 +58,18 @@ class GradientMean:
     A hook on every parameter starts the all-reduce as soon as the gradient is there, while backward goes on; small
     gradients go together. When backward() returns, all gradients are averaged, ready for clipping. A frozen parameter
     gets no gradient and costs nothing. `sent` counts the bytes given to all-reduce.
+
+    RuntimeError in the forward pass after a backward pass that did not come to its end (out of memory, and the batch
+    left out, say): the ranks may have sent different gradients, and the next all-reduce would mix them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.sent = 0
-        self._enabled, self._open = True, False
+        self._enabled = True
+        self._pass: int | None = None  # autograd's number of the backward pass that is under way
         self._small: list[Tensor] = []
         self._under_way: list[tuple[Any, Tensor, list[Tensor]]] = []
-        self._handles = []
+        self._handles = [model.register_forward_pre_hook(self._begins)]
         for p in model.parameters():
             if p.is_floating_point():
                 required = p.requires_grad
@@ -87,11 +91,19 @@ class GradientMean:
         for handle in self._handles:
             handle.remove()
 
+    def _begins(self, *_: Any) -> None:
+        if self._pass is not None and torch._C._current_graph_task_id() < 0:  # not recomputed in backward
+            raise RuntimeError(
+                "a backward pass did not come to its end, so that the ranks may have sent different gradients: stop "
+                "all processes and resume; where it failed on every rank, call zero_grad(), remove() "
+                "of what data_parallel returned, and data_parallel(model) again, on every rank"
+            )
+
     def _arrived(self, p: Tensor) -> None:
         if not self._enabled or p.grad is None:
             return
-        if not self._open:
-            self._open = True
+        if self._pass != (number := torch._C._current_graph_task_id()):
+            self._pass = number
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
         if p.grad.numel() * p.grad.element_size() >= SMALL:
             self._send(p.grad, [])
@@ -118,7 +130,7 @@ class GradientMean:
             work.wait()
             for part, mean in zip(parts, values.split([g.numel() for g in parts]) if parts else (), strict=True):
                 part.copy_(mean.view_as(part))
-        self._under_way, self._open = [], False
+        self._under_way, self._pass = [], None
 
 
 def data_parallel(model: nn.Module) -> GradientMean:

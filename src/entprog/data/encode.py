@@ -1,12 +1,14 @@
 """A prepared data set as a pipeline folder takes it: latents, text and image embeddings, made once beside the data.
 
 `encode` writes `cache/KEY/` into a prepared folder, one shard for each of its shards, and `empty.safetensors` with the
-empty prompt. KEY names the model and ends in a fingerprint of its encoders, the fixed caption and the pose style.
-Columns are those of the folder's recipe (models/wan.py) and `text` (512, D); each row is one clip.
+empty prompt. KEY names the model and ends in a fingerprint of its encoders and the pose style. Columns are those of the
+folder's recipe (models/wan.py); each row is one clip. `text` (512, D) has shards of its own in `cache/KEY/text-HASH/`,
+HASH being that of all clips' captions: another caption is another text, and the video need not be encoded again.
 """
 
 import gc
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,9 +52,28 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()[:8]
 
 
-def _key(folder: str | Path, caption: str | None) -> str:
-    about = f"{fingerprint(folder)} {caption!r} {POSE_STYLE}"
-    return f"{Path(folder).resolve().name}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _cache(folder: str | Path) -> Path:
+    """Return where a model's columns lie in the data."""
+    return Path("cache") / f"{Path(folder).resolve().name}-{_short_hash(f'{fingerprint(folder)} {POSE_STYLE}')}"
+
+
+def _text_cache(folder: str | Path, records: Sequence[Mapping[str, Any]], caption: str | None) -> Path:
+    """Return where the texts of all clips' captions lie in the data, or those of one caption for all."""
+    used = sorted((r["id"], r.get("caption")) for r in records) if caption is None else caption
+    return _cache(folder) / f"text-{_short_hash(json.dumps(used))}"
+
+
+def caption_of(record: Mapping[str, Any], caption: str | None) -> str:
+    """Return a clip's prompt, `caption` if it is given. ValueError for a clip without, where there is no fixed one."""
+    prompt = caption if caption is not None else record.get("caption")
+    if prompt is None:
+        raise ValueError(f"clip {record['id']!r} has no caption: add \"caption\" to its line of manifest.jsonl, or "
+                         "give one for all clips (--caption TEXT, caption=TEXT)")  # fmt: skip
+    return prompt
 
 
 def _whole(frames: int, step: int) -> int:
@@ -70,8 +91,8 @@ def _clip(tensors: Mapping[str, Tensor], row: int, frames: int) -> Clip:
 class Encoders:
     """A folder's encoders on the best device, and the texts that they have encoded."""
 
-    def __init__(self, folder: str | Path, caption: str | None) -> None:
-        self.caption, self.recipe, self.device = caption, recipe_of(folder), best_device()
+    def __init__(self, folder: str | Path) -> None:
+        self.recipe, self.device = recipe_of(folder), best_device()
         self.pipe = open_encoders(folder, self.device)
         self.texts: dict[str, Tensor] = {}
 
@@ -82,21 +103,13 @@ class Encoders:
             self.texts[prompt] = embeds[0].cpu()
         return self.texts[prompt]
 
-    def caption_of(self, record: Mapping[str, Any]) -> str:
-        """Return a clip's prompt. ValueError for a clip without, where there is no fixed one."""
-        prompt = self.caption if self.caption is not None else record.get("caption")
-        if prompt is None:
-            raise ValueError(f"clip {record['id']!r} has no caption: add \"caption\" to its line of manifest.jsonl, or "
-                             "give one for all clips (--caption TEXT, caption=TEXT)")  # fmt: skip
-        return prompt
-
-    def columns(self, clip: Clip, prompt: str) -> dict[str, Tensor]:
-        """Return what a clip's row holds. ValueError for frames that the model's patches do not divide."""
+    def columns(self, clip: Clip) -> dict[str, Tensor]:
+        """Return a clip's row but for its text. ValueError for frames that the model's patches do not divide."""
         unit = self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size[1]
         if any(side % unit for side in clip.size.values()):
             raise ValueError(f"frames of {clip.size} do not divide by {unit}: prepare the data with another --size")
         found = {k: v[0].cpu() for k, v in self.recipe.encode(self.pipe, clip).items()}
-        return {k: v.half() if k in HALVED else v for k, v in found.items()} | {"text": self.text(prompt)}
+        return {k: v.half() if k in HALVED else v for k, v in found.items()}
 
 
 @torch.no_grad()
@@ -112,22 +125,28 @@ def encode(
     `caption` is the prompt of every clip; without it each clip has its own in the manifest. ValueError for clips
     without a caption.
     """
-    cache = Path("cache") / _key(folder, caption)
-    (Path(data) / cache).mkdir(parents=True, exist_ok=True)
     every = read_manifest(data)
-    shards = sorted({r["shard"] for r in every if r["split"] in splits})
-    missing = [s for s in shards if not (Path(data) / cache / s).exists()]
+    cache, texts = _cache(folder), _text_cache(folder, every, caption)
+    (Path(data) / texts).mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for record in sorted(every, key=lambda r: (r["shard"], r["row"])):
+        if record["split"] in splits:
+            rows.setdefault(record["shard"], []).append(record)
+    prompts = {shard: [caption_of(r, caption) for r in records] for shard, records in rows.items()}
+    missing = [(part, s) for part in (cache, texts) for s in rows if not (Path(data) / part / s).exists()]
     if missing or not (Path(data) / cache / "empty.safetensors").exists():
-        encoders = Encoders(folder, caption)
+        encoders = Encoders(folder)
         step = encoders.pipe.vae_scale_factor_temporal
         about = {"text": encoders.text("")[None], "frame_step": torch.tensor(step)}
         _save(about, Path(data) / cache / "empty.safetensors")
-        for i, shard in enumerate(missing):
-            records = sorted((r for r in every if r["shard"] == shard), key=lambda r: r["row"])
-            tensors = load_file(Path(data) / "shards" / shard)
-            frames = _whole(tensors["video"].shape[1], step)
-            rows = [encoders.columns(_clip(tensors, r["row"], frames), encoders.caption_of(r)) for r in records]
-            _save({k: torch.stack([r[k] for r in rows]) for k in rows[0]}, Path(data) / cache / shard)
+        for i, (part, shard) in enumerate(missing):
+            if part == texts:
+                columns = [{"text": encoders.text(prompt)} for prompt in prompts[shard]]
+            else:
+                tensors = load_file(Path(data) / "shards" / shard)
+                frames = _whole(tensors["video"].shape[1], step)
+                columns = [encoders.columns(_clip(tensors, r["row"], frames)) for r in rows[shard]]
+            _save({k: torch.stack([c[k] for c in columns]) for k in columns[0]}, Path(data) / part / shard)
             if on_progress:
                 on_progress((i + 1) / len(missing))
         del encoders
@@ -150,12 +169,13 @@ def load_encoded(
     cache = encode(config.data, config.model, config.caption, (split,), on_progress)
     chosen = Prepared(config.data, split, limit)
     with safe_open(str(Path(config.data) / cache / chosen.records[0]["shard"]), framework="pt") as file:
-        return {name: Stored(chosen, name, cache) for name in file.keys()}  # noqa: SIM118  # not a dict
+        columns = {name: Stored(chosen, name, cache) for name in file.keys()}  # noqa: SIM118  # not a dict
+    return columns | {"text": Stored(chosen, "text", str(_text_cache(config.model, chosen.every, config.caption)))}
 
 
 def _of_all(config: "RunConfig") -> dict[str, Tensor]:
     """Return what the clips of a cache share: `text` (1, 512, D) of the empty prompt, `frame_step`."""
-    return load_file(Path(config.data) / "cache" / _key(config.model, config.caption) / "empty.safetensors")
+    return load_file(Path(config.data) / _cache(config.model) / "empty.safetensors")
 
 
 def empty_text(config: "RunConfig") -> Tensor:
