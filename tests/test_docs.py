@@ -99,6 +99,9 @@ def test_bad_input_is_told_as_it_is_without_a_traceback(tmp_path, capsys, monkey
     assert "eader" in told("export", str(tmp_path / "torn.safetensors"), "--as", "single-file", *out)
     assert "[/x] [wan]" in told("report", "[/x] [wan]")
 
+    monkeypatch.setattr("entprog.report.write_report", lambda run: run / "report.html")
+    assert main(["report", "[/x] [wan]"]) == 0 and "[/x] [wan]/report.html" in capsys.readouterr().out
+
     def missing(*_):
         raise ImportError("install the extra pose, pip install -e '.[pose]' in a clone")
 

@@ -46,7 +46,7 @@ def _demo(args: argparse.Namespace) -> None:
             ranking = _last_ranking(out / "ent-prog")
             write_step_cost(out, [pose_dit_step_cost(configs["full"], ranking, 3), wan_step_cost(256, rounds=3)])
     console.print(results_table(results["strategies"]))
-    console.print(f"report: {write_report(out)}")
+    console.print(f"report: {write_report(out)}", markup=False)
 
 
 def _last_ranking(run: Path) -> list[str]:
@@ -95,7 +95,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     console.print(evaluation_table(result))
     if args.against:
         console.print_json(json.dumps(compare(result, json.loads(Path(args.against).read_text()))))
-    console.print(f"evaluation: {out}")
+    console.print(f"evaluation: {out}", markup=False)
 
 
 def _one_process_only() -> None:
@@ -114,7 +114,7 @@ def _train(args: argparse.Namespace) -> None:
         return
     config = load_config(args.config, args.overrides)
     if args.dry_run:
-        console.print(yaml.safe_dump(asdict(config), sort_keys=False), end="")
+        console.print(yaml.safe_dump(asdict(config), sort_keys=False), end="", markup=False)
         return
     from entprog.bench import train_run
     from entprog.parallel import rank
@@ -129,7 +129,7 @@ def _train(args: argparse.Namespace) -> None:
     if (out / "data_errors.json").exists():
         told = f"some clips could not be read: see {out / 'data_errors.json'}"
         console.print(told, style="yellow", markup=False)
-    console.print(f"model: {out / 'checkpoints' / 'final'}\nreport: {write_report(out)}")
+    console.print(f"model: {out / 'checkpoints' / 'final'}\nreport: {write_report(out)}", markup=False)
 
 
 def _train_recipe(args: argparse.Namespace) -> None:
@@ -139,14 +139,14 @@ def _train_recipe(args: argparse.Namespace) -> None:
     _one_process_only()
     recipe, out = load_recipe(args.config, args.overrides), Path(args.out)
     if args.dry_run:
-        console.print(yaml.safe_dump(asdict(recipe), sort_keys=False), end="")
+        console.print(yaml.safe_dump(asdict(recipe), sort_keys=False), end="", markup=False)
         return
     with progress_bar() as show:
         results = run_recipe(recipe, out, show)
     for split, found in results["evaluation"].items():
         for strategy, result in found.items():
             console.print(f"{strategy}, {split}", evaluation_table(result))
-    console.print(f"report: {write_report(out)}")
+    console.print(f"report: {write_report(out)}", markup=False)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -187,7 +187,7 @@ def _score(args: argparse.Namespace) -> None:
     console.print(table)
     if args.out:
         scores.save(args.out)
-        console.print(f"scores: {args.out}")
+        console.print(f"scores: {args.out}", markup=False)
     if args.export:
         print(layer_filter(model, scores.ranking[:top], args.export))  # as it is, to be pasted
 
@@ -243,11 +243,11 @@ def _sample(args: argparse.Namespace) -> None:
     out = Path(args.out or run / "samples.mp4")
     write_mp4(out, wall, args.fps, upscale=max(1, 128 // truth.shape[-1]))
     if args.pose_from:
-        console.print(f"{out}: reference, pose of {args.pose_from}, the clip itself, sample")
+        console.print(f"{out}: reference, pose of {args.pose_from}, the clip itself, sample", markup=False)
         return
     quality = frame_quality(drawn, truth)
     console.print(f"{out}: reference, pose, truth, sample; SSIM {quality['ssim']['mean']:.3f}, "
-                  f"PSNR {quality['psnr']['mean']:.2f} dB")  # fmt: skip
+                  f"PSNR {quality['psnr']['mean']:.2f} dB", markup=False)  # fmt: skip
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -266,13 +266,13 @@ def _export(args: argparse.Namespace) -> None:
     for name, value in written.items():
         told = value if not isinstance(value, list | dict) or len(value) <= 8 else f"{len(value)}, see {lists}"
         console.print(f"{name}: {told}", markup=False)
-    console.print(f"{args.form}: {args.out}")
+    console.print(f"{args.form}: {args.out}", markup=False)
 
 
 def _report(args: argparse.Namespace) -> None:
     from entprog.report import write_report
 
-    console.print(f"report: {write_report(Path(args.run))}")
+    console.print(f"report: {write_report(Path(args.run))}", markup=False)
 
 
 def _add_export(commands: Any) -> None:

@@ -25,7 +25,7 @@ def _plan(args: argparse.Namespace) -> None:
         return
     console.print(plan_table(planned, memory))
     if best:
-        console.print(f"{args.memory}: {best.describe()}, {best.peak / 2**30:.1f} GiB")
+        console.print(f"{args.memory}: {best.describe()}, {best.peak / 2**30:.1f} GiB", markup=False)
 
 
 def add_plan(commands: Any) -> None:

@@ -38,12 +38,12 @@ def _prepare(args: argparse.Namespace) -> None:
                 **{name: getattr(args, name) for name in names},
                 on_progress=lambda done, total, name: show({"run": "videos", "done": done, "of": total, "at": name}),
             )
-            console.print(f"clips: {found['clips']}")
+            console.print(f"clips: {found['clips']}", markup=False)
             for message in (*found["warnings"], *(f"{e['video']}: {e['error']}" for e in found["errors"])):
                 console.print(message, style="yellow", markup=False)
         if args.autoencoder:
             _cache_latents(args, show)
-    console.print(f"data: {args.out}")
+    console.print(f"data: {args.out}", markup=False)
     if args.model:
         _encode(args, [args.out])
 
@@ -59,7 +59,7 @@ def _encode(args: argparse.Namespace, folders: Sequence[str]) -> None:
             folders[0], args.model, args.caption,
             on_progress=lambda share: show({"run": "encoding", "done": share, "of": 1}),
         )  # fmt: skip
-    console.print(f"encoded for {args.model}: {Path(folders[0]) / cache}")
+    console.print(f"encoded for {args.model}: {Path(folders[0]) / cache}", markup=False)
 
 
 def _cache_latents(args: argparse.Namespace, show: Any) -> None:
