@@ -1,6 +1,7 @@
 """What other people's loops bring along: accumulation, checkpointing, adapters, compiled blocks, odd optimizers."""
 
 import functools
+import json
 from dataclasses import replace
 from itertools import count, islice, product
 
@@ -280,3 +281,75 @@ def test_a_race_with_a_schedule_free_optimizer():
     prog.step(0, optimizer)
     search = next(e for e in prog.events if e["event"] == "search")
     assert search["rungs"] and optimizer.param_groups[0]["k"] == search["steps"], "only the kept trajectory counts"
+
+
+def _tuples(count):
+    g = torch.Generator().manual_seed(0)
+    return [[torch.randn(4, 3, 8, generator=g), torch.randn(4, 3, 8, generator=g)] for _ in range(count)]
+
+
+def test_a_list_of_tensors_is_one_held_out_batch_where_training_batches_are_lists():
+    data = _tuples(3)
+    one = EntProg(Plain(), pair_loss, held_out=data[0], train_batches=lambda: iter(data), total_steps=4)
+    several = EntProg(Plain(), pair_loss, held_out=data[:2], train_batches=lambda: iter(data), total_steps=4)
+    assert len(one.held_out) == 1 and len(several.held_out) == 2
+    tensors = [x for x, _ in data]
+    plain = EntProg(
+        Plain(), lambda m, x: m(x).square().mean(), held_out=tensors[:2], train_batches=lambda: iter(tensors),
+        total_steps=4,
+    )  # fmt: skip
+    assert len(plain.held_out) == 2
+
+
+def pair_loss(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"held_out": []}, "held_out is empty"),
+        ({"total_steps": 0}, "total_steps is 0"),
+        ({"candidates": []}, "candidates is empty"),
+        ({"loss_fn": lambda model, batch: torch.zeros((), requires_grad=True)}, "call the model it is given"),
+    ],
+)
+def test_what_cannot_begin_is_said(change, message):
+    data = _tuples(2)
+    arguments = {"loss_fn": pair_loss, "held_out": data[0], "train_batches": lambda: iter(data), "total_steps": 4}
+    with pytest.raises(ValueError, match=message):
+        EntProg(Plain(), **(arguments | change))
+
+
+def test_an_optimizer_that_lacks_what_may_train_is_refused():
+    data, model = _tuples(2), Plain()
+    prog = EntProg(model, pair_loss, held_out=data[0], train_batches=lambda: iter(data), total_steps=4)
+    with pytest.raises(ValueError, match=r"lacks parameters of the blocks \['blocks.3'\]"):
+        prog.step(0, torch.optim.SGD([p for n, p in model.named_parameters() if "blocks.3" not in n], lr=0.1))
+
+
+def test_frozen_blocks_beside_adapted_ones_stay_frozen():
+    data, model = _tuples(2), Plain()
+    for name, p in model.named_parameters():
+        p.requires_grad_("blocks.0.mlp.2" in name or "blocks.1.mlp.2" in name)  # as an adapter among frozen weights
+    prog = EntProg(model, pair_loss, held_out=data[0], train_batches=lambda: iter(data), total_steps=4)
+    assert prog.candidates == ["blocks.0", "blocks.1"]
+
+
+def test_the_bypass_sets_of_a_stage_survive_a_resume():
+    data = _tuples(4)
+
+    def made(model):
+        settings = Progressive(priority="last", schedule="linear", stages=2, min_fidelity=0.1, min_new_fidelity=0.0)
+        return EntProg(
+            model, pair_loss, held_out=data[0], train_batches=lambda: iter(data), total_steps=8, strategy=settings,
+        )  # fmt: skip
+
+    model = Plain()
+    prog = made(model)
+    prog.step(0, torch.optim.SGD(model.parameters(), lr=0.1))
+    again = made(Plain())
+    again.load_state_dict(json.loads(json.dumps(prog.state_dict())))
+    assert prog.bypass_sets and {c: list(v) for c, v in again.bypass_sets.items()} == {
+        c: list(v) for c, v in prog.bypass_sets.items()
+    }

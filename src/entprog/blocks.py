@@ -266,6 +266,10 @@ def record_example(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
     finally:
         for handle in handles:
             handle.remove()
+    if not seen:
+        raise ValueError(
+            f"{type(model).__name__} was not called with named arguments: the loss has to call the model it is given"
+        )
     return seen[0]
 
 

@@ -1,13 +1,67 @@
 """Guards: what would go wrong in silence in somebody's loop, refused before blocks are switched."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from entprog.blocks import Block, forked_rng
+from entprog.blocks import Block, by_name, forked_rng
 from entprog.parallel import is_sharded
+
+
+def check_inputs(clock: str, total_steps: int) -> None:
+    """Refuse what EntProg cannot begin with. ValueError with the value and what to do."""
+    if clock not in ("wall", "model"):
+        raise ValueError(f"clock {clock!r} is unknown: choose 'wall' or 'model'")
+    if total_steps < 1:
+        raise ValueError(f"total_steps is {total_steps}: give the number of optimizer steps of the whole run")
+
+
+def held_out_batches(held_out: Any, train_batches: Callable[[], Iterable[Any]]) -> list[Any]:
+    """Return the list of batches that `held_out` means: one batch, or a list of batches.
+
+    A list of tensors may be either; it is one batch where training batches are lists or tuples too, as those of a
+    DataLoader over a TensorDataset are. ValueError for none.
+    """
+    if not isinstance(held_out, list | tuple):
+        return [held_out]
+    if not held_out:
+        raise ValueError("held_out is empty: pass a batch, or a list of batches, that is not trained on")
+    if all(isinstance(v, Tensor) for v in held_out):
+        with forked_rng(0):
+            one = next(iter(train_batches()), None)
+        if isinstance(one, list | tuple):
+            return [held_out]
+    return list(held_out)
+
+
+def candidate_names(blocks: Sequence[Block], candidates: Sequence[str] | None) -> list[str]:
+    """Return the names of the blocks that may ever train: those asked for, by default all.
+
+    Where adapters lie in some blocks and those without any came frozen, they stay so by default: their owner has
+    chosen what trains. ValueError for none, and for unknown names.
+    """
+    if candidates is None:
+        adapted = any(b.apart for b in blocks)
+        candidates = [b.name for b in blocks if not adapted or any(p.requires_grad for p in b.module.parameters())]
+    if not candidates:
+        raise ValueError(f"candidates is empty: name blocks that may train, of {[b.name for b in blocks]}")
+    return [b.name for b in by_name(list(blocks), candidates)]
+
+
+def _check_reached_by(optimizer: Any, blocks: Sequence[Block]) -> None:
+    """Refuse an optimizer that lacks parameters of blocks that may train: they would never be stepped."""
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        return
+    held = {id(p) for group in groups for p in group["params"]}
+    lacking = [b.name for b in blocks if any(id(p) not in held for p in b.parameters())]
+    if lacking:
+        raise ValueError(
+            f"the optimizer lacks parameters of the blocks {lacking}, which may train: build it over all of "
+            "model.parameters(), or name the blocks that may train as candidates"
+        )
 
 
 def check_switchable(
@@ -18,7 +72,8 @@ def check_switchable(
     RuntimeError while gradients are pending or inside accelerator.accumulate, whose optimizer would not step.
     ValueError where `run`, which computes the training loss, runs `blocks`, those that may train, only with autograd
     off, as reentrant gradient checkpointing does: behind frozen blocks nothing would get a gradient. FSDP2 models are
-    not looked at for that: a forward pass that ends early changes what they train afterwards.
+    not looked at for that: a forward pass that ends early changes what they train afterwards. ValueError, too, where
+    the optimizer lacks parameters of `blocks`.
     """
     accumulating = not getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True)
     if accumulating or any(p.grad is not None for p in model.parameters()):
@@ -28,6 +83,7 @@ def check_switchable(
             "forward pass (with Accelerate: before `with accelerator.accumulate(model)`) and after "
             "zero_grad(set_to_none=True)"
         )
+    _check_reached_by(optimizer, blocks)
     if not is_sharded(model) and not _reached_by_autograd(blocks, run):
         raise ValueError(
             f"block {blocks[0].name} runs with autograd off in a training forward pass, as in reentrant gradient "

@@ -46,6 +46,10 @@ def predict_by_loss(loss_fn: LossFn) -> Predict:
             loss_fn(model, batch)
         finally:
             handle.remove()
+        if not seen:
+            raise ValueError(
+                f"loss_fn did not call the {type(model).__name__} it was given: loss_fn(model, batch) must"
+            )
         return first_tensor(seen[0])
 
     return predict
@@ -252,6 +256,8 @@ def skip(*blocks: Block | Iterable[Block]) -> Any:
     flat: list[Block] = []
     for item in blocks:
         flat += [item] if isinstance(item, Block) else list(item)
+    if strangers := [b for b in flat if not isinstance(b, Block)]:
+        raise ValueError(f"skip takes Blocks, not {strangers[:3]}: pick them from find_blocks(model)")
     return running(flat, "skip")
 
 

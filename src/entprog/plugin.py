@@ -19,7 +19,7 @@ from entprog.budget import Budget, Keeping
 from entprog.bypass import choose_bypass
 from entprog.cei import Scores
 from entprog.checkpointing import checkpointed
-from entprog.guards import check_switchable
+from entprog.guards import candidate_names, check_inputs, check_switchable, held_out_batches
 from entprog.measure import (
     MODEL_CLOCK_FLOPS,
     Ledger,
@@ -55,8 +55,8 @@ class EntProg:
     max_memory: what training may hold, as "24GiB" or bytes; of the candidates those train that fit (budget.py).
 
     Build it before any wrapper (DDP, torch.compile); in several processes after data_parallel or fully_sharded, with
-    the same held_out on every rank and train_batches of the rank's own. It never touches `param_groups`; outside
-    blocks it never enables a parameter that was frozen when it was built.
+    the same held_out on every rank and train_batches of the rank's own. It leaves `param_groups` as they were;
+    outside blocks it never enables a parameter that was frozen when it was built.
     """
 
     def __init__(
@@ -82,11 +82,10 @@ class EntProg:
         score_batches: Callable[[], Iterable[Any]] | None = None,
         max_memory: str | int | float | None = None,
     ) -> None:
-        if clock not in ("wall", "model"):
-            raise ValueError(f"clock {clock!r} is unknown: choose 'wall' or 'model'")
+        check_inputs(clock, total_steps)
         self.settings = strategy or ent_prog()
         self.model, self.total_steps, self.clock, self.seconds = model, total_steps, clock, seconds
-        self.held_out = list(held_out) if isinstance(held_out, list | tuple) else [held_out]
+        self.held_out = held_out_batches(held_out, train_batches)
         self.train_batches, self.loss_fn, self.t = train_batches, loss_fn, t
         self._backward = backward or (lambda loss: loss.backward())
         self.score_batches = score_batches or train_batches
@@ -101,7 +100,7 @@ class EntProg:
         self.events: list[dict[str, Any]] = []
         parallel.prepared(model, blocks, self._try)
         self.blocks = list(blocks) if blocks is not None else find_blocks(model, record_example(model, self._try))
-        self.candidates = [b.name for b in by_name(self.blocks, self.blocks if candidates is None else candidates)]
+        self.candidates = candidate_names(self.blocks, candidates)
         self.always, self.stem = outside_blocks(model, self.blocks, always, self._try)
         self.scores: Scores | None = None
         self.skip_order: list[str] = []
@@ -180,8 +179,7 @@ class EntProg:
             memory.settle_state(self)  # of a resumed run
         if step == self.last_step:
             return
-        if progress is None:
-            progress = min(step / self.total_steps, 1 - 1e-9)
+        progress = min(step / self.total_steps, 1 - 1e-9) if progress is None else progress
         stage = min(int(progress * self.settings.stages + 1e-9), self.settings.stages - 1)
         period = memory.due(self, step, progress) if stage == self.stage else 0
         if stage != self.stage or self._restores(progress) or period > self.period:
@@ -422,6 +420,7 @@ class EntProg:
             "step_cost": asdict(self.step_cost()),
             "settings": asdict(self.settings),
             "memory": memory.state(self),
+            "bypass_sets": [[asdict(c), *found] for c, found in self.bypass_sets.items()],
         }
 
     def release(self) -> None:
@@ -446,5 +445,6 @@ class EntProg:
         self.scores = Scores(**state["scores"]) if state["scores"] else None
         self.skip_order, self.decisions = list(state["skip_order"]), dict(state["decisions"])
         memory.load(self, state["memory"])
+        self.bypass_sets = {Candidate(**c): (names, curve) for c, names, curve in state["bypass_sets"]}
         if state["modes"]:
             memory.apply(self, state["modes"], self.keeping)

@@ -82,6 +82,12 @@ class Progressive:
         shares = {"active_share": self.active_share, "restore_at": self.restore_at, "1 - skip": 1 - self.skip}
         if self.stages < 1 or not all(0 < share <= 1 for share in shares.values()):
             raise ValueError(f"stages ({self.stages}) must be at least 1 and {shares} each in (0, 1]")
+        budgets = (self.search_budget, self.score_budget)
+        if not self.grid or not all(0 < share <= 1 for share in self.grid) or min(budgets) < 0:
+            raise ValueError(f"grid {self.grid} needs shares in (0, 1], search_budget and score_budget {budgets} at "
+                             "least 0")  # fmt: skip
+        if not 0 <= self.min_fidelity <= 1:
+            raise ValueError(f"min_fidelity {self.min_fidelity} is a cosine that bounds from below: choose in [0, 1]")
         if self.rotate_every is not None and self.rotate_every < 1:
             raise ValueError(f"rotate_every {self.rotate_every} must be at least 1 step: hundreds are sensible")
         if self.selection == "cost_aware" and (self.frozen != "pass" or self.growth == "rotate"):
