@@ -94,7 +94,7 @@ def test_wrong_thresholds_are_refused() -> None:
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
-    with pytest.raises(ImportError, match=r"entprog\[pose\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[pose\]'"):
         PoseEstimator()
 
 

@@ -68,6 +68,8 @@ def test_lightning_counts_its_own_steps_only(capsys, monkeypatch):
 
 
 def test_compiled_blocks_compile_a_few_graphs(capsys, monkeypatch):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of other tests in this process
     out, names = run("compiled_blocks.py", capsys, monkeypatch, "eager")
     graphs = [int(n) for n in re.findall(r"graphs so far (\d+)", out)]
     assert len(graphs) == 12 and 0 < graphs[-1] <= 8

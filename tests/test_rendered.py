@@ -198,5 +198,5 @@ def test_what_is_wrong_is_said(tmp_path, monkeypatch):
     for module in (motions, body_module):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     for needs in (motions._folder, body_module.package_folder):
-        with pytest.raises(ImportError, match=r"pip install 'entprog\[people\]'"):
+        with pytest.raises(ImportError, match=r"pip install -e '\.\[people\]'"):
             needs()
