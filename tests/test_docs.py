@@ -87,11 +87,9 @@ def test_exit_codes(tmp_path, capsys):
 
 
 def test_bad_input_is_told_as_it_is_without_a_traceback(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")  # a long path would be broken anywhere
-
     def told(*command):
         assert main(command) == 2
-        return capsys.readouterr().out
+        return capsys.readouterr().out.replace("\n", "")  # a terminal breaks a long path anywhere
 
     out = ["--out", str(tmp_path / "run")]
     assert "Is a directory" in told("train", str(tmp_path), *out)

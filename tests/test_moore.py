@@ -220,6 +220,7 @@ def test_blocks_of_both_nets_are_found_and_skipped(tiny):
             assert not torch.equal(model(**inputs), out), "what it would have written is not read"
 
 
+@pytest.mark.slow
 def test_a_frozen_denoiser_block_never_cuts_the_reference_net(tiny):
     model, inputs = tiny
     blocks = find_blocks(model, inputs)

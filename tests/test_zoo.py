@@ -192,6 +192,7 @@ def test_the_page_has_one_row_for_every_model():
     assert "| " + " | ".join(HEADER) + " |" in PAGE.read_text()
 
 
+@pytest.mark.slow
 def test_blocks_do_not_depend_on_hash_order():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from zoo import build; from entprog.blocks import find_blocks; "

@@ -299,7 +299,7 @@ def trained(folder, kill_at=None):
     from test_train import TINY, make
 
     config = replace(TINY, strategy="ent-prog", schedule="adaptive", search_budget=1.5, priority="cei", batch_size=4,
-                     ema_decay=0.9)  # fmt: skip
+                     ema_decay=0.9, lr=3e-4)  # fmt: skip
     if kill_at:
         trainer = make(config, folder)
 
