@@ -443,8 +443,7 @@ def test_on_a_gpu_the_host_keeps_pinned_originals(precision):
     settle_weights(model, blocks, precision)
     assert all(m._entprog_parked.original.is_pinned() for m in parked_layers(model))
     for _ in range(3):
-        out = first(model(**inputs))
-        out.square().mean().backward()
+        (out := first(model(**inputs))).square().mean().backward()
         model.zero_grad(set_to_none=True)
         assert error(out.detach(), expected) <= CLOSE[precision]
     thaw(model)
