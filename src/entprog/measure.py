@@ -21,6 +21,7 @@ from entprog import parallel
 from entprog.attention import attention_modules, observing
 from entprog.blocks import Block, evaluating, forked_rng
 from entprog.frozen import weight_bytes
+from entprog.meta import saved
 from entprog.modes import LossFn, running
 
 # What the ledger tells apart; the first four are a training run's net time.
@@ -91,15 +92,6 @@ class Ledger:
         return {"seconds": self.seconds | {"other": max(0.0, wall - known)}, "wall": wall}
 
 
-class _Held:
-    """A saved tensor, wrapped so that its life can be watched: autograd holds the wrapper as long as the tensor."""
-
-    __slots__ = ("__weakref__", "tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 @contextmanager
 def saved_bytes(ignore: Sequence[Tensor] = ()) -> Iterator[Callable[[], int]]:
     """Count the bytes autograd holds for backward; call the yielded function at the end of the forward pass.
@@ -107,19 +99,13 @@ def saved_bytes(ignore: Sequence[Tensor] = ()) -> Iterator[Callable[[], int]]:
     Storages are counted once, and those of `ignore` (parameters, inputs) not at all. Only what is still alive counts,
     so activation checkpointing shows.
     """
-    held: weakref.WeakSet[_Held] = weakref.WeakSet()
     ignored = {parallel.local(t).untyped_storage().data_ptr() for t in ignore}
+    with saved() as held:
 
-    def pack(tensor: Tensor) -> _Held:
-        wrapper = _Held(tensor)
-        held.add(wrapper)
-        return wrapper
+        def total() -> int:
+            storages = {h.tensor.untyped_storage().data_ptr(): h.tensor.untyped_storage().nbytes() for h in held}
+            return sum(size for pointer, size in storages.items() if pointer not in ignored)
 
-    def total() -> int:
-        storages = {h.tensor.untyped_storage().data_ptr(): h.tensor.untyped_storage().nbytes() for h in held}
-        return sum(size for pointer, size in storages.items() if pointer not in ignored)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda wrapper: wrapper.tensor):
         yield total
 
 

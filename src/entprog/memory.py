@@ -16,7 +16,7 @@ from entprog.budget import Keeping
 from entprog.checkpointing import checkpoint_blocks
 from entprog.frozen import settle_weights
 from entprog.measure import moments_to_come, saved_bytes, tensor_bytes, training_bytes
-from entprog.modes import set_active
+from entprog.modes import set_active, set_mode
 from entprog.optim import settle_optimizer
 from entprog.schedule import PERIODS, Candidate, rotated
 
@@ -208,8 +208,6 @@ def rotate(prog: "EntProg", progress: float) -> None:
 
 def release(prog: "EntProg") -> None:
     """Give the model back as it was found, weights as trained: nothing parked, checkpointed or left out."""
-    from entprog.modes import set_mode
-
     for block in prog.blocks:
         set_mode(block, "train")
     if prog.budget is not None and not prog.budget.already:

@@ -31,7 +31,7 @@ from entprog.ema import Ema
 from entprog.measure import MODEL_CLOCK_FLOPS, NET, Ledger, StepCost, held_out_losses, now, saved_bytes, training_bytes
 from entprog.metrics.protocol import mean_interval
 from entprog.models.pretrained import batch_settings, candidate_blocks, freeze_for_good, new_modules, predict_and_loss
-from entprog.modes import running, set_mode
+from entprog.modes import running
 from entprog.parallel import agreed, data_parallel, on_cpus
 from entprog.plugin import EntProg
 from entprog.strategy import add_adapters, add_lora
@@ -411,9 +411,7 @@ class Trainer:
         return self._results(losses)
 
     def _final_model(self) -> nn.Module:
-        """Return the plain model: every block running normally, adapters merged."""
-        for block in self.blocks:
-            set_mode(block, "train")
+        """Return the plain model: adapters merged."""
         if self.wrapped is not self.model:
             self.model = self.wrapped.merge_and_unload()  # type: ignore[operator]
         return self.model
