@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from priorities import warmed
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau, spearmanr
@@ -32,7 +33,7 @@ from entprog.blocks import Block, find_blocks, forked_rng, record_example
 from entprog.data.batches import Batch, batch_at, fixed_batches
 from entprog.data.synthetic import figures
 from entprog.measure import StepCost, held_out_losses
-from entprog.models.pretrained import load_model, loss_fn, predict_fn
+from entprog.models.pretrained import loss_fn, predict_fn
 from entprog.modes import preserved, set_active
 from entprog.objective import OBJECTIVES
 from entprog.priority import score
@@ -159,18 +160,11 @@ def prepared() -> tuple[Setup, Callable[[int], Batch], list[Batch], Loss]:
     """PoseDiT after 40 steps of guider and head; training batches by position, held-out batches, loss per sample."""
     per_sample = loss_fn(OBJECTIVES["flow_prediction"])
     clips, unseen = figures(256, size=24), figures(32, size=24, seed=777)
-    model = load_model("base")
-    model.requires_grad_(False)
-    new = [p for m in (model.pose_guider, model.final_layer) for p in m.requires_grad_(True).parameters()]
-    optimizer = torch.optim.AdamW(new, lr=1e-3)
+    model = warmed(clips, 40)
 
     def at(position: int) -> Batch:
         return batch_at(clips, position, batch_size=4, seed=0)
 
-    for step in range(40):
-        per_sample(model, at(1000 + step)).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     batches = fixed_batches({k: v[32:40] for k, v in clips.items()}, batch_size=4)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from priorities import warmed
 from torch import nn
 
 from entprog.bench import environment
 from entprog.blocks import by_name, find_blocks, record_example
 from entprog.bypass import _fidelities
-from entprog.data.batches import batch_at, fixed_batches
+from entprog.data.batches import fixed_batches
 from entprog.data.synthetic import figures
 from entprog.measure import StepCost
-from entprog.models.pretrained import load_model, loss_fn
+from entprog.models.pretrained import loss_fn
 from entprog.objective import OBJECTIVES
 from entprog.priority import score
 
@@ -57,14 +58,7 @@ def main() -> None:
 
     results: dict[str, Any] = {}
     for warm in args.warm:
-        model = load_model("base")
-        model.requires_grad_(False)
-        new = [p for m in (model.pose_guider, model.final_layer) for p in m.requires_grad_(True).parameters()]
-        optimizer = torch.optim.AdamW(new, lr=1e-3)
-        for step in range(warm):
-            loss(model, batch_at(clips, 1000 + step, batch_size=4, seed=0)).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        model = warmed(clips, warm)
         blocks = find_blocks(model, record_example(model, lambda: loss(model, batches[0])))  # noqa: B023
         for block in blocks:
             block.module.requires_grad_(True)

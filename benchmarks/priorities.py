@@ -18,11 +18,25 @@ from rich.table import Table
 
 from entprog.bench import environment
 from entprog.blocks import find_blocks, record_example
-from entprog.data.batches import batch_at, fixed_batches
+from entprog.data.batches import Data, batch_at, fixed_batches
 from entprog.data.synthetic import figures
+from entprog.models.pose_dit import PoseDiT
 from entprog.models.pretrained import load_model, loss_fn, predict_fn
 from entprog.objective import OBJECTIVES
 from entprog.priority import PRIORITIES, agreement, oracle, score
+
+
+def warmed(clips: Data, steps: int) -> PoseDiT:
+    """Return the embedded base after some steps of guider and head on drawn figures; they alone require gradients."""
+    model, per_sample = load_model("base"), loss_fn(OBJECTIVES["flow_prediction"])
+    model.requires_grad_(False)
+    new = [p for m in (model.pose_guider, model.final_layer) for p in m.requires_grad_(True).parameters()]
+    optimizer = torch.optim.AdamW(new, lr=1e-3)
+    for step in range(steps):
+        per_sample(model, batch_at(clips, 1000 + step, batch_size=4, seed=0)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model
 
 
 def main() -> None:
@@ -41,15 +55,7 @@ def main() -> None:
     scored_on = fixed_batches({k: v[:32] for k, v in clips.items()}, batch_size=4)
     results = {}
     for warm in args.warm:
-        model = load_model("base")
-        model.requires_grad_(False)
-        new = [p for m in (model.pose_guider, model.final_layer) for p in m.requires_grad_(True).parameters()]
-        optimizer = torch.optim.AdamW(new, lr=1e-3)
-        for step in range(warm):
-            per_sample(model, at(1000 + step)).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        model.requires_grad_(True)
+        model = warmed(clips, warm).requires_grad_(True)
         blocks = find_blocks(model, record_example(model, lambda: predict(model, held_out)))  # noqa: B023
 
         def loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
