@@ -24,7 +24,7 @@ from entprog.blocks import Block, find_blocks, outside_blocks
 from entprog.measure import saved_bytes, training_bytes
 from entprog.models.pose_dit import pose_dit
 from entprog.modes import preserved, set_active
-from entprog.plan import Budget, Setting, spread
+from entprog.plan import Accounting, Setting, spread
 from entprog.profiling import Profile, profile
 
 Made = tuple[nn.Module, dict[str, Any]]
@@ -206,7 +206,7 @@ def _row(
     guess = predicted.step(modes, outside=outside, checkpointing=again)
     setting: Setting | None = None
     if outside != "none":
-        setting = Budget().setting(predicted, modes, method=method, mode=mode, checkpointing=again)
+        setting = Accounting().setting(predicted, modes, method=method, mode=mode, checkpointing=again)
     recompute = _recomputed(real, active, mode, outside) if again else 0
     kept, peak = real.step(active, mode, outside, recompute)
     return {

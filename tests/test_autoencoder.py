@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from entprog.models.autoencoder import Autoencoder
+from entprog.models.autoencoder import Autoencoder, latent_places
 
 
 def smooth_video(frames: int = 2, size: int = 64) -> torch.Tensor:
@@ -15,7 +15,9 @@ def smooth_video(frames: int = 2, size: int = 64) -> torch.Tensor:
 def test_taef2_reconstructs_and_is_about_normal():
     autoencoder, video = Autoencoder("taef2"), smooth_video()
     latents = autoencoder.encode(video)
-    assert latents.shape == (1, 32, 2, 8, 8) and autoencoder.factor == 8 and autoencoder.channels == 32
+    assert latents.shape == (1, 32, 2, 8, 8) and (autoencoder.channels, autoencoder.factor) == latent_places(
+        "taef2"
+    ) == (32, 8)
     assert 0.5 < latents.std() < 2
     error = (autoencoder.decode(latents) - video).square().mean()
     assert 10 * torch.log10(4 / error) > 27  # dB
@@ -69,6 +71,9 @@ def test_a_diffusers_autoencoder_keeps_its_own_normalisation(make, tmp_path):
     autoencoder, video = Autoencoder(str(tmp_path)), smooth_video(2, 32)
     latents = autoencoder.encode(video)
     assert autoencoder.factor == factor and latents.shape == (1, 4, 2, 32 // factor, 32 // factor)
+    for weights in tmp_path.glob("*.safetensors"):
+        weights.unlink()
+    assert latent_places(str(tmp_path)) == (autoencoder.channels, factor), "from the configuration alone"
     frame = video[:, :, 1]
     with torch.no_grad():
         if make is kl:

@@ -46,6 +46,27 @@ def test_anybodys_videos_are_scored(folder, tmp_path, capsys):
     assert main(["evaluate", str(tmp_path / "videos"), "--networks"]) == 2  # of which data?
 
 
+def test_scores_by_condition_are_written_and_what_they_leave_out_is_refused(tmp_path, capsys):
+    command = ["score", "size=16", "frames=2", "--samples", "4", "--conditions", "--out"]
+    assert main([*command, str(tmp_path / "new" / "s.json")]) == 0
+    found = json.loads((tmp_path / "new" / "s.json").read_text())
+    assert set(found) == {"all conditions", "without pose", "without reference"}
+    assert found["all conditions"]["values"] != found["without pose"]["values"]
+    for more in (["--priority", "gain"], ["--export", "peft"]):
+        assert main([*command, str(tmp_path / "t.json"), *more]) == 2 and "leave --priority" in capsys.readouterr().out
+
+
+def test_a_place_where_nothing_may_be_written_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    def refused(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "run"))
+
+    monkeypatch.setattr("entprog.bench.train_run", refused)  # root may write anywhere
+    config = tmp_path / "c.yaml"
+    config.write_text("steps: 1\n")
+    assert main(["train", str(config), "--out", str(tmp_path / "run")]) == 2
+    assert "Permission denied" in capsys.readouterr().out
+
+
 def test_a_run_is_drawn_and_scored(folder, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text(

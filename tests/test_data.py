@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from entprog.data.batches import batch_at, fixed_batches
+from entprog.data.batches import _generator, _rows_at, batch_at, fixed_batches
 from entprog.data.synthetic import figures, swapped
 from entprog.metrics.swap import pose_obeyed, reference_obeyed, swap_scores
 
@@ -81,6 +81,29 @@ def test_every_clip_comes_once_an_epoch_and_batches_repeat_exactly():
     assert not torch.equal(a["t"], c["t"])
     with pytest.raises(ValueError, match="lower batch_size"):
         batch_at(data, 0, batch_size=11, seed=1)
+
+
+def rows_listed(buckets, position, batch_size, seed):
+    """The slow, obvious way: list the whole epoch, take one batch of it."""
+    epoch, index = divmod(position, sum(len(bucket) // batch_size for bucket in buckets))
+    generator = _generator(seed, 1, epoch)
+    orders = [[bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()] for bucket in buckets]
+    batches = [o[i : i + batch_size] for o in orders for i in range(0, len(o) - batch_size + 1, batch_size)]
+    return batches[torch.randperm(len(batches), generator=generator)[index] if len(buckets) > 1 else index]
+
+
+@pytest.mark.parametrize("sizes", [(11,), (5, 2, 8)])
+def test_a_batch_holds_the_rows_of_the_listed_epoch_without_listing_it(sizes, monkeypatch):
+    rows = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(9)).split(sizes)
+    buckets = [range(11)] if len(sizes) == 1 else [part.tolist() for part in rows]
+    monkeypatch.setattr("entprog.data.batches._buckets", lambda data: buckets)
+    drawn, randperm = [], torch.randperm
+    for position in (0, 1, 2, 13, 3, 14, 40):
+        expected = rows_listed(buckets, position, 3, 7)
+        monkeypatch.setattr(torch, "randperm", lambda *a, **k: drawn.append(a) or randperm(*a, **k))
+        assert _rows_at({}, position, 3, 7) == expected
+        monkeypatch.setattr(torch, "randperm", randperm)
+    assert len(drawn) == 4 * (len(sizes) + (len(sizes) > 1)), "four epochs: each is shuffled once"
 
 
 def test_conditions_are_dropped_at_the_asked_rate():

@@ -15,8 +15,8 @@ from entprog.blocks import find_blocks
 from entprog.cei import make_scores
 from entprog.cli import main
 from entprog.measure import StepCost
-from entprog.plan import Budget, check, modes_for, parse_bytes, spread
-from entprog.plan_models import FAMILIES, PRESETS, build, latent_shape
+from entprog.plan import Accounting, check, modes_for, parse_bytes, spread
+from entprog.plan_models import MODEL_CLASSES, PUBLISHED, build, latent_shape
 from entprog.profiling import profile
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -226,10 +226,10 @@ SIZES = {
 
 
 def test_presets_have_the_sizes_they_should():
-    assert set(SIZES) == set(PRESETS)
+    assert set(SIZES) == set(PUBLISHED)
     for name, (called, total, count, block) in SIZES.items():
-        model = build(PRESETS[name].family, PRESETS[name].config)
-        lists = [model.get_submodule(c) for c in FAMILIES[PRESETS[name].family].containers]
+        model = build(PUBLISHED[name].model_class, PUBLISHED[name].config)
+        lists = [model.get_submodule(c) for c in MODEL_CLASSES[PUBLISHED[name].model_class].containers]
         parameters = sum(p.numel() for p in model.parameters()) / 1e9
         assert parameters == pytest.approx(total, abs=0.006) and parameters == pytest.approx(called, rel=0.25), name
         assert sum(map(len, lists)) == count
@@ -270,4 +270,4 @@ def test_the_command_prints_and_reads_a_configuration(tmp_path, capsys):
     assert "bypass" in capsys.readouterr().out
     assert main(["plan", str(tmp_path), *size, "--memory", "1kB"]) == 2
     assert main(["plan", str(tmp_path)]) == 2 and main(["plan", "nothing"]) == 2
-    assert Budget().optimizer == "adamw"
+    assert Accounting().optimizer == "adamw"

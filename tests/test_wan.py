@@ -118,7 +118,7 @@ def test_a_pipeline_that_is_told_the_target_finds_the_clip(kind, scheduler, fold
     pipe.transformer.forward = MethodType(lambda self, *a, **k: oracle(self, *a, **k), pipe.transformer)
     out = pipe(
         prompt=record["caption"], **clip.size, num_inference_steps=7, guidance_scale=1.0, output_type="latent",
-        latents=FLOW.noisy(x0, noise, first), **wan.recipe_of(folder).asks(clip),
+        latents=FLOW.noisy(x0, noise, first), **wan.pipeline_of(folder).asks(clip),
     ).frames  # fmt: skip
     if kind == "animate":  # its "latent" is already what the autoencoder decodes
         mean, std = (torch.tensor(pipe.vae.config[k]).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))

@@ -273,7 +273,7 @@ def agreement():
         "asked": len(asked),
         "joined": parallel.joined(model, torch.full((me + 1, 2), float(me))),
         "in step": list(parallel.in_step(model, range(3 + me))),
-        "spread": torch.cat(parallel.spread(model, [1, 2, 3], twice)),
+        "spread": torch.cat(parallel.divided(model, [1, 2, 3], twice)),
     }
 
 

@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -101,8 +102,14 @@ def sample_clips(
         on_step=on_step,
     )
     if config.autoencoder:
-        drawn = Autoencoder(config.autoencoder).to(device).decode(drawn)
+        drawn = _autoencoder(config.autoencoder).to(device).decode(drawn)
     return drawn.clamp(-1, 1).cpu()
+
+
+@lru_cache(maxsize=1)
+def _autoencoder(name: str) -> Autoencoder:
+    """The last autoencoder that was asked for: evaluations decode batch after batch."""
+    return Autoencoder(name)
 
 
 def driven(clips: Batch, data: Data, driver: str) -> Batch:
@@ -132,8 +139,8 @@ def shown(config: RunConfig, clips: Batch) -> Batch:
     """Return clips whose reference is an image: decoded where it is latents."""
     if not config.autoencoder or "reference" not in clips:
         return clips
-    reference = Autoencoder(config.autoencoder).decode(clips["reference"][:, :, None])[:, :, 0]
-    return clips | {"reference": reference}
+    reference = _autoencoder(config.autoencoder).decode(clips["reference"][:, :, None])[:, :, 0]
+    return clips | {"reference": reference.cpu()}
 
 
 def draw_held_out(config: RunConfig, model: nn.Module, data: Data, count: int) -> tuple[Tensor, Tensor, Batch]:

@@ -28,6 +28,7 @@ BAD_INPUT = (
     IsADirectoryError,
     NotADirectoryError,
     FileExistsError,
+    PermissionError,
     ImportError,  # of an extra that is not installed
 )
 
@@ -150,12 +151,16 @@ def _train_recipe(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
+    import json
+
     from entprog.blocks import find_blocks, record_example
     from entprog.data.batches import fixed_batches, load_data
     from entprog.layouts import FILTERS, layer_filter
     from entprog.models.pretrained import batch_settings, model_of, predict_and_loss
     from entprog.priority import lookup, score
 
+    if args.conditions and (args.priority != "cei" or args.export):
+        raise ValueError("--conditions tells CEI by condition and ranks nothing: leave --priority and --export out")
     overrides = [*args.overrides, *(f"{k}={v}" for k in ("model", "data") if (v := getattr(args, k)))]
     if args.config:
         config = load_config(args.config, overrides)
@@ -170,7 +175,11 @@ def _score(args: argparse.Namespace) -> None:
     predict, loss = predict_and_loss(config)
     blocks = find_blocks(model, record_example(model, lambda: predict(model, batches[0])))
     if args.conditions:
-        _print_conditions(model, blocks, predict, batches, settings["conditions"])
+        found = _print_conditions(model, blocks, predict, batches, settings["conditions"])
+        if args.out:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.out).write_text(json.dumps({way: asdict(s) for way, s in found.items()}, indent=1) + "\n")
+            console.print(f"scores: {args.out}", markup=False)
         return
     top = max(1, len(blocks) // 4) if args.top is None else args.top
     if args.export and (lookup(FILTERS, args.export, "export") and not 1 <= top <= len(blocks)):
@@ -192,8 +201,11 @@ def _score(args: argparse.Namespace) -> None:
         print(layer_filter(model, scores.ranking[:top], args.export))  # as it is, to be pasted
 
 
-def _print_conditions(model: Any, blocks: Any, predict: Any, batches: Any, conditions: Sequence[str]) -> None:
-    """Show CEI with all conditions, with each one dropped, and within each region where the data have labels."""
+def _print_conditions(model: Any, blocks: Any, predict: Any, batches: Any, conditions: Sequence[str]) -> dict[str, Any]:
+    """Show CEI with all conditions, with each one dropped, and within each region where the data have labels.
+
+    Returns them by name.
+    """
     from entprog.cei import cei_per_condition
     from entprog.models.pretrained import scoring_ways
 
@@ -206,6 +218,7 @@ def _print_conditions(model: Any, blocks: Any, predict: Any, batches: Any, condi
     for block in blocks:
         table.add_row(block.name, *(f"{scores.values[block.name]:+.4f}" for scores in found.values()))
     console.print(table)
+    return found
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -316,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--priority", default="cei", help="a row of PRIORITIES (default: %(default)s)")
     score.add_argument("--conditions", action="store_true", help="CEI per condition and per region of the person")
     score.add_argument("--samples", type=int, default=64, help="drawn clips to score on (default: %(default)s)")
-    score.add_argument("--out", help="write the scores as JSON")
+    score.add_argument("--out", help="write the scores as JSON; with --conditions those of each by name")
     score.add_argument("--export", metavar="PROGRAM", help="print the best blocks as its layer filter: peft, "
                        "musubi-tuner, diffsynth, videox-fun")  # fmt: skip
     score.add_argument("--top", type=int, help="how many blocks to export (default: a quarter)")

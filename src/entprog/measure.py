@@ -269,4 +269,4 @@ def held_out_losses(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -
             return loss_fn(model, batch).detach().float().reshape(-1).cpu()
 
     with evaluating(model):
-        return torch.cat(parallel.spread(model, batches, losses))
+        return torch.cat(parallel.divided(model, batches, losses))

@@ -263,7 +263,7 @@ def block_cost(
     kept = {s: size for s, size in kept.items() if s not in weights}
     own = sum(size for s, size in kept.items() if s not in given and s not in made)
     values, tree = tree_flatten(returned)
-    recipes = [_recipe(v, given, made) if isinstance(v, Tensor) else v for v in values]
+    recipes = [_remade(v, given, made) if isinstance(v, Tensor) else v for v in values]
     return BlockCost(
         forward, backward, own, frozenset(given[s] for s in kept if s in given),
         frozenset(made[s] for s in kept if s in made), (recipes, tree),
@@ -271,7 +271,7 @@ def block_cost(
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _Remade:
     """How to make one output again: from an argument's storage, or from the n-th new one."""
 
     argument: int | None
@@ -282,11 +282,11 @@ class _Recipe:
     requires_grad: bool
 
 
-def _recipe(v: Tensor, given: dict[int, int], made: dict[int, int]) -> _Recipe:
+def _remade(v: Tensor, given: dict[int, int], made: dict[int, int]) -> _Remade:
     storage = storage_of(v)
     place = (tuple(v.shape), tuple(v.stride()), int(v.storage_offset()))
     size = v.untyped_storage().nbytes()
-    return _Recipe(given.get(storage), made.get(storage, 0), size, v.dtype, place, v.requires_grad)
+    return _Remade(given.get(storage), made.get(storage, 0), size, v.dtype, place, v.requires_grad)
 
 
 def again(cost: BlockCost, leaves: list[Any]) -> Any:
@@ -295,7 +295,7 @@ def again(cost: BlockCost, leaves: list[Any]) -> Any:
     new: dict[int, Tensor] = {}
 
     def make(r: Any) -> Any:
-        if not isinstance(r, _Recipe):
+        if not isinstance(r, _Remade):
             return r
         if r.argument is not None:
             return leaves[r.argument].detach().as_strided(*r.view).requires_grad_(r.requires_grad)

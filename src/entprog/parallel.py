@@ -378,7 +378,7 @@ def in_step(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def spread(model: nn.Module, items: Sequence[Any], run: Callable[[int, Any], Tensor]) -> list[Tensor]:
+def divided(model: nn.Module, items: Sequence[Any], run: Callable[[int, Any], Tensor]) -> list[Tensor]:
     """Return run(i, item) of every item, each computed by one rank, in order and on every rank.
 
     All ranks run equally often, as a sharded model needs: the last item may be run by several.

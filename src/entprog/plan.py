@@ -18,7 +18,7 @@ from torch import nn
 
 from entprog.cei import Scores
 from entprog.frozen import PRECISIONS
-from entprog.plan_models import FAMILIES, PRESETS, block_names, build, inputs_of, latent_shape, load_config
+from entprog.plan_models import MODEL_CLASSES, PUBLISHED, block_names, build, inputs_of, latent_shape, read_model_config
 from entprog.profiling import Profile, profile
 from entprog.schedule import at_least_one
 
@@ -178,7 +178,7 @@ def modes_for(names: Sequence[str], active: int, mode: str, ranking: Sequence[st
 
 
 @dataclass(frozen=True)
-class Budget:
+class Accounting:
     """How bytes are counted: optimizer, float32 master copies, and the rate that turns FLOPs into seconds."""
 
     optimizer: str = "adamw"
@@ -235,7 +235,7 @@ def _frozen_bytes(measured: Profile, names: Sequence[str], precision: str) -> in
 
 def all_settings(
     measured: Profile,
-    budget: Budget,
+    accounting: Accounting,
     *,
     checkpointing: Sequence[bool] = (True, False),
     ranking: Sequence[str] | None = None,
@@ -244,33 +244,35 @@ def all_settings(
     names = list(measured.blocks)
     rows = []
     for again in checkpointing:
-        rows.append(budget.setting(measured, {}, method="full", checkpointing=again))
+        rows.append(accounting.setting(measured, {}, method="full", checkpointing=again))
         if any(measured.adapters.values()):
             modes = dict.fromkeys(names, "pass")
-            rows.append(budget.setting(measured, modes, method="lora", mode="pass", checkpointing=again))
+            rows.append(accounting.setting(measured, modes, method="lora", mode="pass", checkpointing=again))
         for active in sorted({at_least_one(s, len(names)) for s in SHARES} - {len(names)}):
             for mode in FROZEN_MODES:
                 modes = modes_for(names, active, mode, ranking)
-                rows += [budget.setting(measured, modes, mode=mode, frozen=p, checkpointing=again) for p in PRECISIONS]
+                rows += [
+                    accounting.setting(measured, modes, mode=mode, frozen=p, checkpointing=again) for p in PRECISIONS
+                ]
     return rows
 
 
 def _resolve(model: Any, sample: Any, batch: int) -> tuple[str, nn.Module, dict[str, Any], Sequence[str] | None]:
     """Return (name, model, inputs, block names) of whatever `plan` was given."""
-    preset = PRESETS.get(model) if isinstance(model, str) else None
+    preset = PUBLISHED.get(model) if isinstance(model, str) else None
     if isinstance(model, nn.Module):
         name, module = type(model).__name__, model
     elif preset is not None:
-        name, module = model, build(preset.family, preset.config)
+        name, module = model, build(preset.model_class, preset.config)
     else:
-        family, config = (model["_class_name"], model) if isinstance(model, Mapping) else load_config(Path(model))
+        family, config = (model["_class_name"], model) if isinstance(model, Mapping) else read_model_config(Path(model))
         name, module = family, build(family, config)
     if isinstance(sample, Mapping):
         return name, module, dict(sample), block_names(module)
-    known = FAMILIES.get(type(module).__name__)
+    known = MODEL_CLASSES.get(type(module).__name__)
     if known is None:
         raise ValueError(
-            f"{name} needs the inputs of its forward as a dict of tensors; shapes suffice for {list(FAMILIES)}"
+            f"{name} needs the inputs of its forward as a dict of tensors; shapes suffice for {list(MODEL_CLASSES)}"
         )
     if sample is None or len(sample) == 3:
         if sample is None and preset is None:
@@ -306,7 +308,7 @@ def plan(
 ) -> Plan:
     """Plan a fine-tuning run from a model's structure alone; no weight is read or made.
 
-    model: a module, a name of PRESETS, a diffusers configuration (dict, or a folder with config.json). sample: pixels
+    model: a module, a name of PUBLISHED, a diffusers configuration (dict, or a folder with config.json). sample: pixels
     (frames, height, width), a latent shape (B, C, F, H, W), or a dict of forward inputs. blocks, always: as for
     EntProg. ranking: block names, best first; without one trainable blocks are spread evenly. master: float32 copies
     of what trains in 16 bits. checkpointing: only with or without, both by default. rate: FLOP/s; or
@@ -328,9 +330,9 @@ def plan(
         )
     with_or_without = (True, False) if checkpointing is None else (checkpointing,)
     if seconds_per_step is not None:
-        reference = Budget(optimizer, master).setting(measured, {}, method="full", checkpointing=with_or_without[0])
+        reference = Accounting(optimizer, master).setting(measured, {}, method="full", checkpointing=with_or_without[0])
         rate = reference.flops / seconds_per_step
-    rows = all_settings(measured, Budget(optimizer, master, rate), checkpointing=with_or_without, ranking=ranking)
+    rows = all_settings(measured, Accounting(optimizer, master, rate), checkpointing=with_or_without, ranking=ranking)
     shapes = {k: tuple(v.shape) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
     return Plan(
         model=name,

@@ -1,6 +1,6 @@
 """Real models for planning: their configurations, what their forward takes, and pixels to latents.
 
-PRESETS is the table. The configurations follow the published checkpoints, built by diffusers without weights;
+PUBLISHED is the table. The configurations follow the published checkpoints, built by diffusers without weights;
 tests hold them to the sizes their publishers name.
 """
 
@@ -85,7 +85,7 @@ def _mochi(config: Mapping[str, Any], latent: Latent, text: int) -> dict[str, An
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelClass:
     """What a class of models needs: its inputs, its autoencoder's compression (time, space), text tokens, blocks."""
 
     inputs: Callable[[Mapping[str, Any], Latent, int], dict[str, Any]]
@@ -94,23 +94,23 @@ class Family:
     containers: tuple[str, ...]
 
 
-FAMILIES: dict[str, Family] = {
-    "WanTransformer3DModel": Family(_wan, (4, 8), 512, ("blocks",)),
-    "WanAnimateTransformer3DModel": Family(_wan_animate, (4, 8), 512, ("blocks",)),
-    "HunyuanVideoTransformer3DModel": Family(
+MODEL_CLASSES: dict[str, ModelClass] = {
+    "WanTransformer3DModel": ModelClass(_wan, (4, 8), 512, ("blocks",)),
+    "WanAnimateTransformer3DModel": ModelClass(_wan_animate, (4, 8), 512, ("blocks",)),
+    "HunyuanVideoTransformer3DModel": ModelClass(
         _hunyuan_video, (4, 8), 256, ("transformer_blocks", "single_transformer_blocks")
     ),
-    "CogVideoXTransformer3DModel": Family(_cogvideox, (4, 8), 226, ("transformer_blocks",)),
-    "LTXVideoTransformer3DModel": Family(_ltx, (8, 32), 128, ("transformer_blocks",)),
-    "MochiTransformer3DModel": Family(_mochi, (6, 8), 256, ("transformer_blocks",)),
+    "CogVideoXTransformer3DModel": ModelClass(_cogvideox, (4, 8), 226, ("transformer_blocks",)),
+    "LTXVideoTransformer3DModel": ModelClass(_ltx, (8, 32), 128, ("transformer_blocks",)),
+    "MochiTransformer3DModel": ModelClass(_mochi, (6, 8), 256, ("transformer_blocks",)),
 }
 
 
 @dataclass(frozen=True)
-class Preset:
+class PublishedModel:
     """A published model: diffusers class, what its configuration changes, and its usual (frames, height, width)."""
 
-    family: str
+    model_class: str
     config: dict[str, Any]
     size: tuple[int, int, int]
     compression: tuple[int, int] | None = None  # where it differs from the family's
@@ -121,39 +121,39 @@ _WAN = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "text_dim":
 _WAN_14B = _WAN | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 _I2V = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
 
-PRESETS: dict[str, Preset] = {
-    "wan2.1-t2v-1.3b": Preset(
+PUBLISHED: dict[str, PublishedModel] = {
+    "wan2.1-t2v-1.3b": PublishedModel(
         "WanTransformer3DModel",
         _WAN | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
         (81, 480, 832),
     ),
-    "wan2.1-t2v-14b": Preset("WanTransformer3DModel", _WAN_14B, (81, 480, 832)),
-    "wan2.1-i2v-14b": Preset("WanTransformer3DModel", _WAN_14B | _I2V, (81, 480, 832)),
-    "wan2.2-t2v-a14b": Preset("WanTransformer3DModel", _WAN_14B, (81, 480, 832), note="one of its two experts"),
-    "wan2.2-i2v-a14b": Preset(
+    "wan2.1-t2v-14b": PublishedModel("WanTransformer3DModel", _WAN_14B, (81, 480, 832)),
+    "wan2.1-i2v-14b": PublishedModel("WanTransformer3DModel", _WAN_14B | _I2V, (81, 480, 832)),
+    "wan2.2-t2v-a14b": PublishedModel("WanTransformer3DModel", _WAN_14B, (81, 480, 832), note="one of its two experts"),
+    "wan2.2-i2v-a14b": PublishedModel(
         "WanTransformer3DModel", _WAN_14B | {"in_channels": 36}, (81, 480, 832), note="one of its two experts"
     ),
-    "wan2.2-ti2v-5b": Preset(
+    "wan2.2-ti2v-5b": PublishedModel(
         "WanTransformer3DModel",
         _WAN | {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48},
         (121, 704, 1280),
         (4, 16),
     ),
-    "wan2.2-animate-14b": Preset(
+    "wan2.2-animate-14b": PublishedModel(
         "WanAnimateTransformer3DModel",
         _WAN_14B | _I2V,
         (77, 720, 1280),
         note="the face encoder and adapters count as outside blocks",
     ),
-    "hunyuanvideo": Preset("HunyuanVideoTransformer3DModel", {}, (129, 720, 1280)),
-    "cogvideox-2b": Preset("CogVideoXTransformer3DModel", {}, (49, 480, 720)),
-    "cogvideox-5b": Preset(
+    "hunyuanvideo": PublishedModel("HunyuanVideoTransformer3DModel", {}, (129, 720, 1280)),
+    "cogvideox-2b": PublishedModel("CogVideoXTransformer3DModel", {}, (49, 480, 720)),
+    "cogvideox-5b": PublishedModel(
         "CogVideoXTransformer3DModel",
         {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
         (49, 480, 720),
     ),
-    "ltx-video": Preset("LTXVideoTransformer3DModel", {}, (121, 512, 768)),
-    "mochi-1": Preset("MochiTransformer3DModel", {}, (85, 480, 848)),
+    "ltx-video": PublishedModel("LTXVideoTransformer3DModel", {}, (121, 512, 768)),
+    "mochi-1": PublishedModel("MochiTransformer3DModel", {}, (85, 480, 848)),
 }
 
 
@@ -183,33 +183,35 @@ def build(family: str, config: Mapping[str, Any]) -> nn.Module:
     """
     import diffusers
 
-    if family not in FAMILIES:
-        raise ValueError(f"the inputs of {family!r} are not known: choose one of {list(FAMILIES)}, or pass the model "
-                         "and a dict of its forward inputs to entprog.plan")  # fmt: skip
+    if family not in MODEL_CLASSES:
+        raise ValueError(
+            f"the inputs of {family!r} are not known: choose one of {list(MODEL_CLASSES)}, or pass the model and a "
+            "dict of its forward inputs to entprog.plan"
+        )
     known = {k: v for k, v in config.items() if not k.startswith("_")}
     with torch.device("meta"):
         return getattr(diffusers, family)(**known)
 
 
 def inputs_of(model: nn.Module, latent: Latent, text: int | None = None) -> dict[str, Any]:
-    """Return the forward inputs of a model of FAMILIES for a latent shape (B, C, F, H, W), on the meta device."""
-    family = FAMILIES[type(model).__name__]
+    """Return the forward inputs of a model of MODEL_CLASSES for a latent shape (B, C, F, H, W), on the meta device."""
+    family = MODEL_CLASSES[type(model).__name__]
     return family.inputs(dict(model.config), latent, text or family.text)  # type: ignore[call-overload,arg-type]
 
 
 def block_names(model: nn.Module) -> list[str] | None:
-    """Return the names of the blocks of a model of FAMILIES, None for any other."""
-    family = FAMILIES.get(type(model).__name__)
+    """Return the names of the blocks of a model of MODEL_CLASSES, None for any other."""
+    family = MODEL_CLASSES.get(type(model).__name__)
     if family is None:
         return None
     return [f"{c}.{i}" for c in family.containers for i in range(len(model.get_submodule(c)))]  # type: ignore[arg-type]
 
 
-def load_config(path: str | Path) -> tuple[str, dict[str, Any]]:
+def read_model_config(path: str | Path) -> tuple[str, dict[str, Any]]:
     """Read a diffusers config.json, or the folder it lies in: (class name, configuration)."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     if not path.exists():
-        raise ValueError(f"{path} does not exist: choose one of {list(PRESETS)}, or a folder with config.json")
+        raise ValueError(f"{path} does not exist: choose one of {list(PUBLISHED)}, or a folder with config.json")
     config = json.loads(path.read_text())
     return config.get("_class_name", ""), config

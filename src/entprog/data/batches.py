@@ -7,6 +7,7 @@ asked for (data/cache.py). A batch holds some rows of it, cut to the frames that
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,10 +46,10 @@ def _columns(data: Data, conditions: Sequence[str] | None) -> list[str]:
     return [k for k in ("video", *conditions, *beside, *ALWAYS) if k in data]
 
 
-def _buckets(data: Data) -> list[list[int]]:
+def _buckets(data: Data) -> Sequence[Sequence[int]]:
     """Rows whose clips have the same shape."""
     video = data["video"]
-    return video.buckets() if isinstance(video, Stored) else [list(range(len(video)))]
+    return video.buckets() if isinstance(video, Stored) else [range(len(video))]
 
 
 def _part(data: Data, rows: Sequence[int]) -> Data:
@@ -58,21 +59,28 @@ def _part(data: Data, rows: Sequence[int]) -> Data:
 def _rows_at(data: Data, position: int, batch_size: int, seed: int) -> list[int]:
     """Return which clips a batch holds: every clip once an epoch, but for what is left over of a bucket."""
     buckets = _buckets(data)
-    per_epoch = sum(len(bucket) // batch_size for bucket in buckets)
+    sizes = tuple(len(bucket) for bucket in buckets)
+    per_epoch = sum(size // batch_size for size in sizes)
     if per_epoch == 0:
-        sizes = [len(bucket) for bucket in buckets]
-        raise ValueError(f"buckets of {sizes} clips do not fill a batch of {batch_size}: lower batch_size or add clips")
+        raise ValueError(
+            f"buckets of {list(sizes)} clips do not fill a batch of {batch_size}: lower batch_size or add clips"
+        )
     epoch, index = divmod(position, per_epoch)
+    orders, places = _shuffled(sizes, per_epoch, seed, epoch)
+    index = int(places[index]) if places is not None else index
+    for bucket, order in zip(buckets, orders, strict=True):
+        if index < (full := len(order) // batch_size):
+            return [bucket[i] for i in order[index * batch_size : (index + 1) * batch_size].tolist()]
+        index -= full
+    raise AssertionError("a batch lies in one of the buckets")
+
+
+@lru_cache(maxsize=4)  # of the epoch that is trained on, and of one beside it
+def _shuffled(sizes: tuple[int, ...], per_epoch: int, seed: int, epoch: int) -> tuple[list[Tensor], Tensor | None]:
+    """Return an epoch's order of each bucket's rows, and of the batches where there are several buckets."""
     generator = _generator(seed, 1, epoch)
-    orders = [[bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()] for bucket in buckets]
-    batches = [
-        order[first : first + batch_size]
-        for order in orders
-        for first in range(0, len(order) - batch_size + 1, batch_size)
-    ]
-    if len(buckets) > 1:
-        index = int(torch.randperm(per_epoch, generator=generator)[index])
-    return batches[index]
+    orders = [torch.randperm(size, generator=generator) for size in sizes]
+    return orders, torch.randperm(per_epoch, generator=generator) if len(sizes) > 1 else None
 
 
 def _windows(clip_frames: int, frames: int | None, starts: Sequence[int]) -> list[slice] | None:

@@ -35,6 +35,7 @@ class Stored:
     def __init__(self, prepared: Prepared, name: str, cache: str, indices: Sequence[int] | None = None) -> None:
         self.prepared, self.name, self.cache = prepared, name, cache
         self.indices = list(range(len(prepared))) if indices is None else list(indices)
+        self._buckets: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -57,7 +58,9 @@ class Stored:
 
     def buckets(self) -> list[list[int]]:
         """Group the rows by the shape of their clips, as the manifest knows it: only equals can share a batch."""
-        return shape_groups(self.prepared.records[index] for index in self.indices)
+        if self._buckets is None:  # asked for at every batch
+            self._buckets = shape_groups(self.prepared.records[index] for index in self.indices)
+        return self._buckets
 
     def take(self, rows: Sequence[int], windows: Sequence[slice] | None = None) -> Tensor:
         """Read rows, of each only the frames of its window; stacked."""

@@ -2,7 +2,7 @@
 
 `encode` writes `cache/KEY/` into a prepared folder, one shard for each of its shards, and `empty.safetensors` with the
 empty prompt. KEY names the model and ends in a fingerprint of its encoders and the pose style. Columns are those of the
-folder's recipe (models/wan.py); each row is one clip. `text` (512, D) has shards of its own in `cache/KEY/text-HASH/`,
+folder's kind (models/wan.py); each row is one clip. `text` (512, D) has shards of its own in `cache/KEY/text-HASH/`,
 HASH being that of all clips' captions: another caption is another text, and the video need not be encoded again.
 """
 
@@ -22,7 +22,7 @@ from entprog.data.cache import Stored, pose_maps
 from entprog.data.pose import POSE_STYLE
 from entprog.data.prepared import SPLITS, Prepared, read_manifest
 from entprog.measure import best_device
-from entprog.models.wan import TOKENS, Clip, draw, open_encoders, recipe_of
+from entprog.models.wan import TOKENS, Clip, draw, open_encoders, pipeline_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,7 +92,7 @@ class Encoders:
     """A folder's encoders on the best device, and the texts that they have encoded."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.recipe, self.device = recipe_of(folder), best_device()
+        self.kind, self.device = pipeline_of(folder), best_device()
         self.pipe = open_encoders(folder, self.device)
         self.texts: dict[str, Tensor] = {}
 
@@ -108,7 +108,7 @@ class Encoders:
         unit = self.pipe.vae_scale_factor_spatial * self.pipe.transformer.config.patch_size[1]
         if any(side % unit for side in clip.size.values()):
             raise ValueError(f"frames of {clip.size} do not divide by {unit}: prepare the data with another --size")
-        found = {k: v[0].cpu() for k, v in self.recipe.encode(self.pipe, clip).items()}
+        found = {k: v[0].cpu() for k, v in self.kind.encode(self.pipe, clip).items()}
         return {k: v.half() if k in HALVED else v for k, v in found.items()}
 
 

@@ -97,7 +97,7 @@ class Autoencoder(nn.Module):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
             self.channels, mean, std = 32, [0.0], [0.9]  # of natural images and rendered people, all channels alike
         else:
-            self.network = _diffusers_autoencoder(Path(name))
+            self.network = _diffusers_class(Path(name)).from_pretrained(name, use_safetensors=True)
             self.channels, mean, std = _normalisation(self.network.config)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -146,8 +146,23 @@ class Autoencoder(nn.Module):
         return x.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
 
 
-def _diffusers_autoencoder(folder: Path) -> nn.Module:
-    """Load the diffusers class that a folder's config.json names. ValueError if it is not an autoencoder."""
+def latent_places(name: str) -> tuple[int, int]:
+    """Return an Autoencoder's (channels, factor) from its configuration alone: no weights are read.
+
+    ValueError as for Autoencoder.
+    """
+    if name == "taef2":
+        return 32, 8
+    kind = _diffusers_class(Path(name))
+    with torch.device("meta"):
+        network: Any = kind.from_config(kind.load_config(name)).eval()
+        out = network.encode(torch.empty(1, 3, *[1] * _is_video(network), 64, 64))
+    z = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
+    return _normalisation(network.config)[0], 64 // z.shape[-1]
+
+
+def _diffusers_class(folder: Path) -> Any:
+    """Return the diffusers class that a folder's config.json names. ValueError if it is not an autoencoder."""
     import diffusers
 
     path = folder / "config.json"
@@ -157,7 +172,7 @@ def _diffusers_autoencoder(folder: Path) -> nn.Module:
     kind = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
     if kind is None:
         raise ValueError(f"{path} is for {name!r}, not one of diffusers' Autoencoder classes")
-    return kind.from_pretrained(folder, use_safetensors=True)
+    return kind
 
 
 def _is_video(network: Any) -> bool:

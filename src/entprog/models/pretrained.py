@@ -18,7 +18,7 @@ from entprog.cei import within
 from entprog.data.batches import BESIDE, Batch
 from entprog.data.prepared import LABELS
 from entprog.models import wan
-from entprog.models.autoencoder import Autoencoder
+from entprog.models.autoencoder import latent_places
 from entprog.models.pose_dit import SIZES, PoseDiT, pose_dit
 from entprog.modes import Predict
 from entprog.objective import OBJECTIVES, Objective, shifted
@@ -84,9 +84,9 @@ def _tokens(autoencoder: str, patch_size: int) -> dict[str, int]:
     if not autoencoder:
         patch_size = patch_size or 4
         return {"patch_size": patch_size, "pose_stride": patch_size}
-    latents = Autoencoder(autoencoder)
+    channels, factor = latent_places(autoencoder)
     patch_size = patch_size or 1
-    return {"in_channels": latents.channels, "patch_size": patch_size, "pose_stride": patch_size * latents.factor}
+    return {"in_channels": channels, "patch_size": patch_size, "pose_stride": patch_size * factor}
 
 
 def conditioned(model: nn.Module, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
@@ -117,7 +117,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "PoseDiT": Family(_pose_dit_of, lambda config: conditioned, lambda c: partial(shifted, shift=c.shift or 1.0)),
-    **dict.fromkeys(wan.RECIPES, Family(wan.load, wan.call, wan.times, ("text",), cuts=False)),
+    **dict.fromkeys(wan.PIPELINES, Family(wan.load, wan.call, wan.times, ("text",), cuts=False)),
 }
 
 

@@ -2,7 +2,7 @@
 
 A folder is what diffusers saves (model_index.json, transformer/, vae/, text_encoder/ ...). Whatever a pipeline
 prepares for its transformer is prepared by that pipeline's own methods, and samples come out of its own call with the
-scheduler of the folder, so that training cannot differ from use. RECIPES has one row for each pipeline class:
+scheduler of the folder, so that training cannot differ from use. PIPELINES has one row for each pipeline class:
 
     pipeline class             x0, from which the noise is told               besides text and time
     WanPipeline                the clip                                       -
@@ -66,8 +66,8 @@ def latents(pipe: Any, frames: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A row of RECIPES.
+class PipelineKind:
+    """A row of PIPELINES.
 
     encode(pipeline, clip) -> one clip's columns beside its text, each with a first axis of 1; `video` is x0.
     inputs(x_t, batch) -> the forward's arguments beside time and text.
@@ -177,11 +177,11 @@ def _ask_animate(clip: Clip) -> dict[str, Any]:
     return asked | {"segment_frame_length": len(clip.video)}
 
 
-RECIPES: dict[str, Recipe] = {
-    "WanPipeline": Recipe(_encode_text_only, lambda x_t, batch: {"hidden_states": x_t}, _ask_text_only),
-    "WanImageToVideoPipeline": Recipe(_encode_first_frame, _inputs_first_frame, _ask_first_frame),
-    "WanVACEPipeline": Recipe(_encode_control, _inputs_control, _ask_control, ("reference", "pose")),
-    "WanAnimatePipeline": Recipe(_encode_animate, _inputs_animate, _ask_animate, ("reference", "pose")),
+PIPELINES: dict[str, PipelineKind] = {
+    "WanPipeline": PipelineKind(_encode_text_only, lambda x_t, batch: {"hidden_states": x_t}, _ask_text_only),
+    "WanImageToVideoPipeline": PipelineKind(_encode_first_frame, _inputs_first_frame, _ask_first_frame),
+    "WanVACEPipeline": PipelineKind(_encode_control, _inputs_control, _ask_control, ("reference", "pose")),
+    "WanAnimatePipeline": PipelineKind(_encode_animate, _inputs_animate, _ask_animate, ("reference", "pose")),
 }
 
 
@@ -198,23 +198,23 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def class_of(folder: str | Path) -> str:
-    """Return the pipeline class of a folder, a row of RECIPES. ValueError for one that RECIPES lacks."""
+    """Return the pipeline class of a folder, a row of PIPELINES. ValueError for one that PIPELINES lacks."""
     if not is_pipeline(str(folder)):
         raise ValueError(f"{folder} holds no model_index.json: choose the folder of a diffusers pipeline")
     name = _json(Path(folder) / "model_index.json").get("_class_name", "")
-    if name not in RECIPES:
-        raise ValueError(f"{folder} holds a {name!r}: choose a folder of one of {sorted(RECIPES)}")
+    if name not in PIPELINES:
+        raise ValueError(f"{folder} holds a {name!r}: choose a folder of one of {sorted(PIPELINES)}")
     return name
 
 
-def recipe_of(folder: str | Path) -> Recipe:
-    """Return the recipe of a pipeline folder."""
-    return RECIPES[class_of(folder)]
+def pipeline_of(folder: str | Path) -> PipelineKind:
+    """Return what a pipeline folder's class makes of a clip."""
+    return PIPELINES[class_of(folder)]
 
 
 def check_settings(config: "RunConfig") -> None:
     """Refuse what a run of a pipeline folder cannot be told. ValueError with the keys or the experts to choose from."""
-    recipe_of(config.model)
+    pipeline_of(config.model)
     defaults = {f.name: f.default for f in fields(config)}
     if wrong := {k: getattr(config, k) for k in SETTLED if getattr(config, k) != defaults[k]}:
         raise ValueError(f"{wrong} cannot be set for a pipeline folder: leave them out, the folder and the clips tell")
@@ -262,7 +262,7 @@ def call(config: "RunConfig") -> Callable[[nn.Module, Tensor, Tensor, Mapping[st
     """
     from entprog.data.encode import empty_text
 
-    recipe, empty = recipe_of(config.model), list[Tensor]()
+    kind, empty = pipeline_of(config.model), list[Tensor]()
     each_token = _json(Path(config.model) / "model_index.json").get("expand_timesteps", False)  # Wan2.2 5B
 
     def run(model: nn.Module, x_t: Tensor, t: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
@@ -273,7 +273,7 @@ def call(config: "RunConfig") -> Callable[[nn.Module, Tensor, Tensor, Mapping[st
         if each_token:
             _, _, f, h, w = x_t.shape
             timestep = timestep[:, None].expand(-1, f * (h // 2) * (w // 2))
-        inputs = recipe.inputs(x_t, batch) | {"encoder_hidden_states": text}
+        inputs = kind.inputs(x_t, batch) | {"encoder_hidden_states": text}
         dtype: Any = model.dtype
         return model(**{k: v.to(dtype) for k, v in inputs.items()}, timestep=timestep, return_dict=False)[0]
 
@@ -311,7 +311,7 @@ def open_pipeline(folder: str | Path, **parts: Any) -> Any:
     import diffusers
 
     index = _json(Path(folder) / "model_index.json")
-    recipe_of(folder)
+    pipeline_of(folder)
     kind = getattr(diffusers, index["_class_name"])
     with quiet():
         pipe = kind.from_pretrained(folder, use_safetensors=True, **{k: v for k, v in parts.items() if k in index})
@@ -348,7 +348,7 @@ def draw(
     Videos are (N, 3, F, H, W) in [-1, 1]. `text` (N, L, D) are the prompts' embeddings, `empty` (1, L, D) that of the
     empty prompt. The expert that was not trained is the folder's.
     """
-    recipe, device = recipe_of(config.model), next(model.parameters()).device
+    kind, device = pipeline_of(config.model), next(model.parameters()).device
     dtype: Any = model.dtype
     pipe = open_pipeline(
         config.model, **{part_of(config): model}, text_encoder=None, tokenizer=None,
@@ -359,10 +359,10 @@ def draw(
         frames = pipe(
             prompt_embeds=text[i : i + 1].to(device), negative_prompt_embeds=empty.to(device), **clip.size,
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-            generator=torch.Generator().manual_seed(config.seed + i), output_type="pt", **recipe.asks(clip),
+            generator=torch.Generator().manual_seed(config.seed + i), output_type="pt", **kind.asks(clip),
         ).frames  # fmt: skip
         drawn.append(frames.transpose(1, 2).float().cpu() * 2 - 1)
     truth = torch.stack([c.video.transpose(0, 1) / 127.5 - 1 for c in clips])
     shown = {"reference": torch.stack([c.reference / 127.5 - 1 for c in clips]),
              "pose": torch.stack([c.pose.transpose(0, 1) / 255 for c in clips])}  # fmt: skip
-    return torch.cat(drawn), truth, {k: shown[k] for k in recipe.shows}
+    return torch.cat(drawn), truth, {k: shown[k] for k in kind.shows}
