@@ -51,7 +51,7 @@ def test_scores_by_condition_are_written_and_what_they_leave_out_is_refused(tmp_
     assert main([*command, str(tmp_path / "new" / "s.json")]) == 0
     found = json.loads((tmp_path / "new" / "s.json").read_text())
     assert set(found) == {"all conditions", "without pose", "without reference"}
-    assert found["all conditions"]["values"] != found["without pose"]["values"]
+    assert found["all conditions"]["values"] != found["without reference"]["values"]
     for more in (["--priority", "gain"], ["--export", "peft"]):
         assert main([*command, str(tmp_path / "t.json"), *more]) == 2 and "leave --priority" in capsys.readouterr().out
 
