@@ -53,7 +53,7 @@ def test_scores_by_condition_are_written_and_what_they_leave_out_is_refused(tmp_
     assert set(found) == {"all conditions", "without pose", "without reference"}
     assert found["all conditions"]["values"] != found["without reference"]["values"]
     for more in (["--priority", "gain"], ["--export", "peft"]):
-        assert main([*command, str(tmp_path / "t.json"), *more]) == 2 and "leave --priority" in capsys.readouterr().out
+        assert main([*command, str(tmp_path / "t.json"), *more]) == 2 and "ranks nothing" in capsys.readouterr().out
 
 
 def test_a_place_where_nothing_may_be_written_is_told_in_a_line(tmp_path, monkeypatch, capsys):
