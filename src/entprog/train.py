@@ -74,7 +74,9 @@ class Trainer:
         self.wrapped = self._prepare()
         if self.accelerator.num_processes > 1:
             data_parallel(self.wrapped)
-        self.optimizer = torch.optim.AdamW(self.wrapped.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(  # fused: one pass over each tensor instead of twelve
+            self.wrapped.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
         self.step = self.segment = self.within = 0
         self.prog: EntProg | None = None
         self.prog = self._plug_in()

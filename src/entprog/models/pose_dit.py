@@ -132,7 +132,7 @@ class PoseDiTBlock(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         inner = int(hidden_size * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU("tanh"), nn.Linear(inner, hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU(), nn.Linear(inner, hidden_size))
         self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # x (B, F+1, N, D), c (B, 6, D)
