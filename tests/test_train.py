@@ -184,7 +184,7 @@ def test_full_matches_a_plain_loop(tmp_path):
     trainer = make(config, tmp_path)
     trainer.run()
     model = tiny_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     reference = make(config, tmp_path / "again")
     marks = reference._marks()
     step = 0
