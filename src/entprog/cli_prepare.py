@@ -28,6 +28,7 @@ def _prepare(args: argparse.Namespace) -> None:
                 on_progress=lambda done, total: show({"run": "rendering", "done": done, "of": total}),
             )  # fmt: skip
         else:
+            from entprog.data.dwpose import DWPose
             from entprog.data.prepare import prepare_videos
 
             names = ("size", "frames", "fps", "aspects", "subject", "seed", "test_subjects", "test_videos", "face_size",
@@ -36,6 +37,7 @@ def _prepare(args: argparse.Namespace) -> None:
                 args.videos if len(args.videos) > 1 else args.videos[0],
                 args.out,
                 **{name: getattr(args, name) for name in names},
+                tracker=DWPose(args.dwpose) if args.dwpose else None,
                 on_progress=lambda done, total, name: show({"run": "videos", "done": done, "of": total, "at": name}),
             )
             console.print(f"clips: {found['clips']}", markup=False)
@@ -93,6 +95,7 @@ def add_prepare(commands: Any) -> None:
     prepare.add_argument("--test-videos", nargs="*", default=[], help="views kept for testing where people are few")
     prepare.add_argument("--flips", action="store_true", help="each training clip a second time, mirrored")
     prepare.add_argument("--face-size", type=int, default=0, help="pixels of face crops, 0 for none")
+    prepare.add_argument("--dwpose", metavar="DIR", help="pose by DWPose's two ONNX files, which lie in DIR")
     prepare.add_argument("--autoencoder", help="make its latents now: taef2, or a folder of diffusers")
     prepare.add_argument("--model", help="folder of a diffusers pipeline: encode for it, DATA if there is no --out")
     prepare.add_argument("--caption", help="prompt of every clip for --model (default: each clip's in the manifest)")

@@ -260,8 +260,7 @@ class PoseEstimator:
         """
         square: _Square | None = None
         for frame in frames:
-            if frame.ndim != 3 or frame.shape[0] != 3 or frame.dtype != torch.uint8:
-                raise ValueError(f"a frame is (3, H, W) uint8, not {tuple(frame.shape)} {frame.dtype}")
+            check_frame(frame)
             height, width = frame.shape[-2:]
             found = self._find(frame / 255, square)
             if found is None:
@@ -290,6 +289,12 @@ class PoseEstimator:
         return torch.stack([f.keypoints for f in found]), torch.stack([f.mask for f in found])
 
     __call__ = estimate
+
+
+def check_frame(frame: Tensor) -> None:
+    """Raise ValueError for a frame that is not (3, H, W) uint8."""
+    if frame.ndim != 3 or frame.shape[0] != 3 or frame.dtype != torch.uint8:
+        raise ValueError(f"a frame is (3, H, W) uint8, not {tuple(frame.shape)} {frame.dtype}")
 
 
 def nobody(height: int, width: int) -> Found:

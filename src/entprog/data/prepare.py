@@ -277,6 +277,7 @@ def prepare_videos(
         "kind": "videos", "size": size, "frames": lengths[0] if len(lengths) == 1 else lengths, "fps": float(fps),
         "aspects": list(aspects), "face_size": face_size, "min_person": min_person, "min_presence": min_presence,
         "smooth": smooth, "flips": flips, "seed": seed, "warnings": said,
+        "poses": getattr(tracker, "name", "BlazePose"),
         "test": sorted({s.name if s.name in test_videos else s.subject for s in sources if s.split == "test"}),
     }  # fmt: skip
     return _write(sources, Path(out), about, settings, tracker, on_progress)
