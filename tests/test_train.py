@@ -45,7 +45,7 @@ def same(a, b):
 
 
 CASES = {name: replace(TINY, strategy=name) for name in STRATEGIES} | {
-    "skip": replace(TINY, strategy="ent-prog", schedule="fixed", skip=0.5, ema_decay=0.9),
+    "skip": replace(TINY, strategy="ent-prog", schedule="fixed", skip=0.5, restore="one_by_one", ema_decay=0.9),
     "race": replace(
         TINY, strategy="ent-prog", schedule="adaptive", steps=None, seconds=0.05, search_budget=0.5, skip=0.5
     ),

@@ -41,6 +41,7 @@ class RunConfig:
     min_new_fidelity: float | None = None
     skip: float | None = None
     restore_at: float | None = None
+    restore: str | None = None
     stem: str | None = None
     rescore: str | None = None
     adapters: bool | None = None

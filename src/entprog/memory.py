@@ -78,10 +78,15 @@ def held(prog: "EntProg", activations: int) -> int:
 
 
 def fits(prog: "EntProg", candidate: Candidate) -> bool:
-    """Return whether the budget allows a candidate, with the blocks bypassed that its fidelity allows."""
+    """Return whether the budget allows a candidate, with the blocks bypassed that its fidelity allows.
+
+    Where blocks sit out it has to allow what follows, too: all blocks back, as many bypassed as may be.
+    """
     budget = prog.budget
     if budget is None:
         return True
+    if candidate.skipped and budget.choose(prog.modes_of(Candidate(candidate.active))) is None:
+        return False  # once all blocks are back, more run and more may train
     if budget.choose(prog.modes_of(candidate)) is None:
         return False
     active, _ = prog.sets(candidate)
@@ -200,8 +205,9 @@ def rotate(prog: "EntProg", progress: float) -> None:
     for name in prog.candidates:
         prog.waited[name] = 0 if name in prog.active else prog.waited.get(name, 0) + 1
     prog.drawn = []
-    ranking = prog.ranking(trainable=True)
-    prog.drawn = rotated(ranking, prog.wanted.active, prog.turns, prog.waited, prog.settings.seed)
+    ranking = [n for n in prog.ranking(trainable=True) if n not in (prog.out or ())]
+    count = min(prog.wanted.active, len(ranking))
+    prog.drawn = rotated(ranking, count, prog.turns, prog.waited, prog.settings.seed)
     skipped = prog.candidate.skipped if prog.candidate else 0
     prog.enter(Candidate(prog.wanted.active, skipped), progress, reason="rotated")
 

@@ -6,7 +6,7 @@ supernet's Trial: it trains on the caller's batches with the caller's loss and o
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -20,17 +20,10 @@ from entprog.bypass import choose_bypass
 from entprog.cei import Scores
 from entprog.checkpointing import checkpointed
 from entprog.guards import candidate_names, check_inputs, check_switchable, held_out_batches
-from entprog.measure import (
-    MODEL_CLOCK_FLOPS,
-    Ledger,
-    StepCost,
-    held_out_losses,
-    now,
-    saved_bytes,
-)
+from entprog.measure import MODEL_CLOCK_FLOPS, Ledger, StepCost, held_out_losses, now, saved_bytes
 from entprog.modes import LossFn, Predict, mode_of, predict_by_loss, running
 from entprog.priority import samples
-from entprog.ranking import rank, selected
+from entprog.ranking import boundaries, out_at_most, rank, selected
 from entprog.schedule import SCHEDULES, Candidate, at_least_one, block_modes, block_sizes
 from entprog.strategy import Progressive, ent_prog
 from entprog.supernet import SEARCHES, TIMING_STEPS, BatchStream, SearchResult, Snapshot, at_average
@@ -104,6 +97,7 @@ class EntProg:
         self.always, self.stem = outside_blocks(model, self.blocks, always, self._try)
         self.scores: Scores | None = None
         self.skip_order: list[str] = []
+        self.out: list[str] | None = None  # what still sits out; None: not chosen yet
         self.candidate: Candidate | None = None
         self.modes: dict[str, str] = {}
         self.stage = -1
@@ -182,7 +176,7 @@ class EntProg:
         progress = min(step / self.total_steps, 1 - 1e-9) if progress is None else progress
         stage = min(int(progress * self.settings.stages + 1e-9), self.settings.stages - 1)
         period = memory.due(self, step, progress) if stage == self.stage else 0
-        if stage != self.stage or self._restores(progress) or period > self.period:
+        if stage != self.stage or self._restored(progress) or period > self.period:
             check_switchable(self.model, by_name(self.blocks, self.candidates), optimizer, self._try)
         self.last_step = step
         if stage != self.stage:
@@ -190,17 +184,17 @@ class EntProg:
         elif period > self.period:
             self.period = period
             memory.rotate(self, progress)
-        if self.candidate and self._restores(progress):
-            self.enter(Candidate(self.candidate.active), progress, reason="restored")
+        if restored := self._restored(progress):
+            self.enter(restored, progress, reason="restored")
 
-    def _restores(self, progress: float) -> bool:
-        """Whether blocks sit out that should be back by now."""
-        return bool(self.candidate and self.candidate.skipped) and progress >= self.settings.restore_at
+    def _restored(self, progress: float) -> Candidate | None:
+        """Return the present candidate without the blocks that should be back by now; None if none should."""
+        most = out_at_most(self, progress) if self.out else 0
+        return replace(self.candidate, skipped=most) if self.candidate and self.out and most < len(self.out) else None
 
     def boundaries(self) -> list[float]:
         """Return the progress marks at which the state changes, for loops that plan in seconds."""
-        marks = [k / self.settings.stages for k in range(self.settings.stages)]
-        return sorted({*marks, self.settings.restore_at} if self.settings.skip else set(marks))
+        return boundaries(self)
 
     def emit(self, event: str, progress: float, **values: Any) -> None:
         record = {"event": event, "step": self.last_step, "progress": progress} | values
@@ -223,14 +217,15 @@ class EntProg:
             with self.ledger("scoring"):
                 rank(self, progress)
             self.bypass_sets = {}  # of an unranked model
-        previous = self.candidate
+        previous, most = self.candidate, out_at_most(self, progress)
         if previous and self.wanted:  # a period of a rotation may have trained fewer
-            previous = Candidate(max(previous.active, self.wanted.active), previous.skipped)
+            previous = Candidate(max(previous.active, self.wanted.active), most)
         if self.budget is None and (stage == 0 or self.candidate is None):
             self.switch(Candidate(len(self.candidates)))  # modes are defined from here on
         schedule, sizes = SCHEDULES[self.settings.schedule], block_sizes(self.blocks, self.ranking(trainable=True))
         with self.ledger("search"):
             chosen = schedule(stage, self.settings.stages, sizes, self.settings, previous, self._search)
+        chosen = replace(chosen, skipped=min(chosen.skipped, most))
         self.wanted = self.enter(chosen, progress, reason="stage")
         stopped = self._stopped or self.wanted.active < chosen.active
         growth = self.settings.growth or ("rotate" if stopped else "nested")
@@ -258,7 +253,7 @@ class EntProg:
 
     def measures_fidelity(self, candidate: Candidate) -> bool:
         """Return whether something may be bypassed by a candidate, and what is depends on a measurement."""
-        frozen = len(self.blocks) - candidate.active - candidate.skipped
+        frozen = len(self.blocks) - sum(map(len, self.sets(candidate)))
         exact = self.settings.frozen == "pass" or self.settings.min_fidelity >= 1
         return frozen > 0 and not exact and self.scores is not None
 
@@ -292,9 +287,10 @@ class EntProg:
     def enter(self, candidate: Candidate, progress: float, reason: str) -> Candidate:
         """Settle on a candidate, or within a budget on the largest that fits, and say so."""
         candidate = self.candidate = memory.settle(self, candidate, progress)
+        self.out = self.sets(candidate)[1]
         curve = self.bypass_set(candidate)[1]
         point = next((c for c in curve if c["size"] == sum(m == "bypass" for m in self.modes.values())), None)
-        state = {"stage": self.stage, "reason": reason, "active": self.active, "modes": self.modes}
+        state = {"stage": self.stage, "reason": reason, "active": self.active, "skipped": self.out, "modes": self.modes}
         self.emit("modes", progress, **state, fidelity=point, fidelity_curve=curve)
         return candidate
 
@@ -414,6 +410,7 @@ class EntProg:
             "modes": self.modes,
             "scores": asdict(self.scores) if self.scores else None,
             "skip_order": self.skip_order,
+            "out": self.out,
             "decisions": self.decisions,
             "search_steps": self.search_steps,
             "model_seconds": self.model_seconds,
@@ -443,7 +440,8 @@ class EntProg:
         self.model_seconds, self._cost = state["model_seconds"], StepCost(**state["step_cost"])
         self.candidate = Candidate(**state["candidate"]) if state["candidate"] else None
         self.scores = Scores(**state["scores"]) if state["scores"] else None
-        self.skip_order, self.decisions = list(state["skip_order"]), dict(state["decisions"])
+        self.skip_order, self.out = list(state["skip_order"]), state["out"]
+        self.decisions = dict(state["decisions"])
         memory.load(self, state["memory"])
         self.bypass_sets = {Candidate(**c): (names, curve) for c, names, curve in state["bypass_sets"]}
         if state["modes"]:

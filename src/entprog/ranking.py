@@ -1,4 +1,4 @@
-"""Ranking the blocks in a training run: how many batches it pays for, within which memory, what sits out first.
+"""Ranking the blocks in a training run: how many batches it pays for, within which memory, what sits out until when.
 
 Inside a memory budget blocks are scored with their own weights, and nothing trains but what a score needs: by skipping
 one sample at a time, by gradients one group of blocks at a time, both checkpointed.
@@ -16,7 +16,7 @@ from entprog.cei import Scores, Stop, with_inherited
 from entprog.measure import tensor_bytes
 from entprog.plan import cost_aware
 from entprog.priority import agreement, samples, score
-from entprog.schedule import Candidate, at_least_one, block_sets
+from entprog.schedule import RESTORES, Candidate, at_least_one, at_most, block_sets, block_sizes, still_out
 
 if TYPE_CHECKING:
     from entprog.plugin import EntProg
@@ -98,7 +98,7 @@ def selected(prog: "EntProg", candidate: Candidate) -> tuple[list[str], list[str
     """
     ranking = prog.ranking()
     if prog.settings.selection == "top" or prog.drawn or prog.scores is None:
-        return block_sets(candidate, ranking, prog.skip_order)
+        return block_sets(candidate, ranking, prog.skip_order, prog.out)
     flops, best = prog.step_cost().blocks, ranking[: candidate.active]
     names = list(flops)
     behind = names[min(names.index(n) for n in best) :]
@@ -107,7 +107,27 @@ def selected(prog: "EntProg", candidate: Candidate) -> tuple[list[str], list[str
     costs = {n: dict.fromkeys(("forward", "input", "weight"), f) for n, f in flops.items()}
     chosen = cost_aware(scores, costs, price)
     order = [*chosen, *(n for n in ranking if n not in chosen)]
-    return block_sets(Candidate(len(chosen), candidate.skipped), order, prog.skip_order)
+    return block_sets(Candidate(len(chosen), candidate.skipped), order, prog.skip_order, prog.out)
+
+
+def out_at_most(prog: "EntProg", progress: float) -> int:
+    """Return how many blocks may sit out at `progress`: fewer and fewer, by settings.restore."""
+    settings = prog.settings
+    count = at_most(settings.skip, block_sizes(prog.blocks, prog.ranking(trainable=True)))
+    most = still_out(count, settings.restore, settings.restore_at, progress)
+    return most if prog.out is None else min(most, len(prog.out))
+
+
+def boundaries(prog: "EntProg") -> list[float]:
+    """Return the progress marks at which stages begin and blocks come back.
+
+    Where blocks differ in size, how many sit out depends on the ranking; before there is one it is a guess.
+    """
+    settings, marks = prog.settings, [k / prog.settings.stages for k in range(prog.settings.stages)]
+    if settings.skip:
+        count = at_most(settings.skip, block_sizes(prog.blocks, prog.ranking(trainable=True)))
+        marks += [settings.restore_at * mark for mark in RESTORES[settings.restore](count)]
+    return sorted(set(marks))
 
 
 def _order_for_skipping(prog: "EntProg", scores: Scores, count: int) -> list[str]:

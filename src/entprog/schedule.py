@@ -27,7 +27,10 @@ Sizes = int | Sequence[int]  # of the blocks that may train, in the order of the
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """`active` blocks train, the best of the ranking; `skipped` sit out, those that change the prediction least."""
+    """`active` blocks train, the best of the ranking, but for those among them that still sit out.
+
+    `skipped` sit out, of the other blocks and then of these those that change the prediction least (`block_sets`).
+    """
 
     active: int
     skipped: int = 0
@@ -71,16 +74,14 @@ def fixed(
     stage: int, stages: int, count: Sizes, settings: "Progressive", previous: Candidate | None, search: Search
 ) -> Candidate:
     """Return the same share of the blocks in every stage, settings.active_share."""
-    active = at_least_one(settings.active_share, count)
-    return Candidate(active, min(number(count) - active, at_most(settings.skip, count)))
+    return Candidate(at_least_one(settings.active_share, count), at_most(settings.skip, count))
 
 
 def linear(
     stage: int, stages: int, count: Sizes, settings: "Progressive", previous: Candidate | None, search: Search
 ) -> Candidate:
     """Return m_k = L * k / K trainable blocks in stage k = 1 .. K (Ent-Prog's ablation "without adaptive")."""
-    active = at_least_one((stage + 1) / stages, count)
-    return Candidate(active, min(number(count) - active, at_most(settings.skip, count)))
+    return Candidate(at_least_one((stage + 1) / stages, count), at_most(settings.skip, count))
 
 
 def adaptive(
@@ -109,6 +110,37 @@ def candidates(count: Sizes, settings: "Progressive", previous: Candidate | None
 SCHEDULES: dict[str, Schedule] = {"fixed": fixed, "linear": linear, "adaptive": adaptive}
 
 
+# -- blocks that sit out come back -------------------------------------------------------------------------------------
+
+
+def once(count: int) -> list[float]:
+    """Bring all blocks back at the end of the way, in one step."""
+    return [1.0] * count
+
+
+def halves(count: int) -> list[float]:
+    """Bring the first half back at two thirds of the way, the others at its end."""
+    return [2 / 3 if place < count // 2 else 1.0 for place in range(count)]
+
+
+def one_by_one(count: int) -> list[float]:
+    """Bring one block back after another, in equal distances from the beginning on."""
+    return [(place + 1) / count for place in range(count)]
+
+
+# name -> function from how many blocks sit out to the marks at which they come back, one each, rising to 1.0; a mark is
+# a share of the way from the beginning of the run to Progressive.restore_at
+RESTORES: dict[str, Callable[[int], list[float]]] = {"once": once, "halves": halves, "one_by_one": one_by_one}
+
+
+def still_out(count: int, restore: str, restore_at: float, progress: float) -> int:
+    """Return how many of `count` blocks that sat out at first still do at `progress`, a share of the run.
+
+    Never grows with progress; `count` before the first mark, 0 from restore_at on.
+    """
+    return sum(progress < restore_at * mark - 1e-9 for mark in RESTORES[restore](count))
+
+
 PERIODS = 8  # of rotation in a stage, where no number of steps is given
 
 
@@ -126,11 +158,18 @@ def rotated(ranking: Sequence[str], count: int, period: int, waited: Mapping[str
     return order[:count]
 
 
-def block_sets(candidate: Candidate, ranking: Sequence[str], skip_order: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names of a candidate's trainable and skipped blocks: the ranking's best, and of the rest the first to skip."""
-    active = list(ranking[: candidate.active])
-    order = dict.fromkeys([*skip_order, *reversed(ranking)])
-    return active, [name for name in order if name not in active][: candidate.skipped]
+def block_sets(
+    candidate: Candidate, ranking: Sequence[str], skip_order: Sequence[str], may_skip: Sequence[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """Names of a candidate's trainable and skipped blocks.
+
+    The ranking's best train and of the others the first to skip sit out; where there are not enough others, some of the
+    best sit out before they train. `may_skip`: the blocks that may sit out at all, by default any.
+    """
+    best = ranking[: candidate.active]
+    order = [n for n in dict.fromkeys([*skip_order, *reversed(ranking)]) if may_skip is None or n in may_skip]
+    skipped = sorted(order, key=lambda name: name in best)[: candidate.skipped]
+    return [name for name in best if name not in skipped], skipped
 
 
 def block_modes(

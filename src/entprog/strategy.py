@@ -14,7 +14,7 @@ from entprog.blocks import Block, forked_rng
 from entprog.frozen import PRECISIONS
 from entprog.optim import KEEP
 from entprog.priority import PRIORITIES, lookup
-from entprog.schedule import SCHEDULES
+from entprog.schedule import RESTORES, SCHEDULES
 from entprog.supernet import SEARCHES
 
 
@@ -26,8 +26,9 @@ class Progressive:
     active_share: for `fixed`. grid: shares of L that `adaptive` may choose.
     frozen: "bypass" or "pass"; as many are bypassed as leave the gradients a cosine of min_fidelity to the exact ones,
     and those of what trains outside blocks (a new pose encoder) min_new_fidelity. skip: largest share of blocks that
-    may sit out, until restore_at of the run. stem: pretrained modules outside blocks train "late" (with block 0),
-    "always" or "never".
+    may sit out; all are back at restore_at of the run, by a row of RESTORES (`once`, `halves`, `one_by_one`), and those
+    that are to train do so from then on. stem: pretrained modules outside blocks train "late" (with block 0), "always"
+    or "never".
     search_budget, score_budget: shares of a stage and of the run. rescore: rank again at every "stage" or "never".
     adapters: every block carries LoRA adapters that train throughout, so a frozen block passes exact gradients on.
     also_score: priorities measured beside for the record, their rank correlation with the deciding one logged.
@@ -50,6 +51,7 @@ class Progressive:
     min_new_fidelity: float = 0.9
     skip: float = 0.0
     restore_at: float = 0.7
+    restore: str = "once"
     stem: str = "late"
     search_budget: float = 0.08
     score_budget: float = 0.02
@@ -68,6 +70,7 @@ class Progressive:
             lookup(PRIORITIES, priority, "priority")
         lookup(SCHEDULES, self.schedule, "schedule")
         lookup(SEARCHES, self.search, "search")
+        lookup(RESTORES, self.restore, "restore")
         for name, choices in (
             ("frozen", ("bypass", "pass")),
             ("stem", ("late", "always", "never")),

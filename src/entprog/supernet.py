@@ -13,8 +13,8 @@ and the estimators differ in whose loss change is charged to whom:
     literal   one trajectory, and every candidate is credited with the whole change: the sum telescopes to the same
               number for all, so the cheapest always wins. Kept to show that.
 
-Candidates that skip blocks are judged by the whole network after a few steps with the blocks back (`probe`): while they
-are out its loss looks worse than it will be.
+Candidates that skip blocks are judged by the whole network after a few steps with the blocks back (PROBE_STEPS), which
+are charged to the search and rolled back: while blocks are out its loss looks worse than it will be.
 """
 
 import math
@@ -305,19 +305,48 @@ def _advance(trial: Trial, racer: _Racer, seconds: float) -> None:
 def _visits(
     trial: Trial, candidates: Sequence[Candidate], seconds: float, visit_steps: int = 2
 ) -> list[tuple[Candidate, int, Tensor, Tensor]]:
-    """Train on one trajectory, visiting all candidates in a fresh random order each cycle."""
-    cycle = sum(visit_steps * trial.cost(c) for c in candidates)
+    """Train on one trajectory, visiting all candidates in a fresh random order each cycle.
+
+    Where some candidates skip, every look is one past the restoration, and its steps are paid for and rolled back.
+    """
+    restored = _restored(candidates)
+    probe = PROBE_STEPS * trial.cost(restored) if restored else 0.0
+    cycle = sum(visit_steps * trial.cost(c) + probe for c in candidates)
     order = random.Random(0)
-    visits, position, before = [], 0, trial.losses()
-    for _ in range(max(1, int(seconds / cycle))):
+    visits, position, before = [], 0, _look(trial, restored, 0)
+    for _ in range(max(1, int((seconds - probe) / cycle))):
         for candidate in order.sample(list(candidates), len(candidates)):
             trial.switch(candidate)
             trial.train(position, visit_steps)
             position += visit_steps
-            after = trial.losses()
+            after = _look(trial, restored, position)
             visits.append((candidate, visit_steps, before, after))
             before = after
     return visits
+
+
+def _one_cycle(trial: Trial, candidates: Sequence[Candidate]) -> float:
+    """Seconds of timing every candidate and visiting it once, with the looks before, between and after."""
+    restored = _restored(candidates)
+    looks = (1 + len(candidates)) * PROBE_STEPS * trial.estimate(restored) if restored else 0.0
+    return (2 + TIMING_STEPS) * sum(trial.estimate(c) for c in candidates) + looks
+
+
+def _restored(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return how the blocks run while candidates that skip are looked at: all back; None if no candidate skips."""
+    return Candidate(max(c.active for c in candidates)) if any(c.skipped for c in candidates) else None
+
+
+def _look(trial: Trial, restored: Candidate | None, position: int) -> Tensor:
+    """Measure the held-out losses, with `restored` after some steps in it, which leave no trace."""
+    if restored is None:
+        return trial.losses()
+    kept = trial.snapshot()
+    trial.switch(restored)
+    trial.train(position, PROBE_STEPS)
+    losses = trial.losses()
+    kept.restore()
+    return losses
 
 
 def _one_trajectory(
@@ -327,7 +356,7 @@ def _one_trajectory(
     seconds: float,
     charged: Callable[[list[Any], Candidate], Tensor],
 ) -> SearchResult | None:
-    if len(candidates) < 2 or (2 + TIMING_STEPS) * sum(trial.estimate(c) for c in candidates) > seconds:
+    if len(candidates) < 2 or _one_cycle(trial, candidates) > seconds:
         return None
     seconds -= TIMING_STEPS * sum(trial.cost(c) for c in candidates)
     visits = _visits(trial, candidates, seconds)
