@@ -24,7 +24,7 @@ from entprog.blocks import find_blocks, record_example
 from entprog.cei import cei_per_condition
 from entprog.config import RunConfig, load_config
 from entprog.data.batches import Batch, batch_at, fixed_batches, load_data
-from entprog.data.detect import PoseEstimator
+from entprog.data.movenet import MoveNet
 from entprog.data.prepared import Prepared
 from entprog.evaluate import evaluate
 from entprog.models.pretrained import load_model, loss_fn, predict_fn, scoring_ways
@@ -78,7 +78,7 @@ def measured(config: RunConfig, folder: Path, clips: int) -> dict[str, float]:
     """Pose and appearance of unseen people drawn by a model, as images of each clip's first frame."""
     videos, data = draw_videos(replace(config, frames=1), str(folder), "test", clips, frames=4)
     data = _cut(data, 4)
-    means = evaluate(videos, data, estimate=PoseEstimator(), networks=(), baselines=False)["rows"]["generated"]["means"]
+    means = evaluate(videos, data, estimate=MoveNet(), networks=(), baselines=False)["rows"]["generated"]["means"]
     return {k: means[k]["mean"] for k in ("pck@0.1", "oks", "nearer_to_own", "appearance_distance", "psnr")}
 
 

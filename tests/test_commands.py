@@ -104,3 +104,13 @@ def test_poses_of_another_clip_are_fitted_to_each_body(folder):
         driven(clips, data, "clip-1")
     with pytest.raises(ValueError, match="prepared folder"):
         driven(clips, clips, "clip-13")
+
+
+def test_key_value_may_stand_before_and_behind_options(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("steps: 1\n")
+    for command in (["strategy=none", "--out", "x"], ["--out", "x", "strategy=none"]):
+        assert main(["train", str(tmp_path / "run.yaml"), *command]) == 2
+        assert "strategy 'none' is unknown" in " ".join(capsys.readouterr().out.split())
+    for wrong in ("--steps", "steps"):
+        with pytest.raises(SystemExit):
+            main(["train", str(tmp_path / "run.yaml"), "--out", "x", wrong])

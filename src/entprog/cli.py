@@ -366,7 +366,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub; a lookup would only wait for a time-out
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, behind = parser.parse_known_args(argv)
+    if behind and (not hasattr(args, "overrides") or any(b.startswith("-") or "=" not in b for b in behind)):
+        parser.error(f"unrecognized arguments: {' '.join(behind)}")
+    if behind:  # key=value behind an option, where argparse does not expect it any more
+        args.overrides = [*args.overrides, *behind]
     if args.command == "score" and args.config and "=" in args.config:
         args.config, args.overrides = None, [args.config, *args.overrides]
     console.quiet = os.environ.get("RANK", "0") != "0"  # of several processes the first one talks

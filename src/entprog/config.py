@@ -57,7 +57,7 @@ class RunConfig:
     # on what
     data: str = "figures"  # "figures": drawn; else a prepared folder, or one with a manifest.jsonl
     patch_size: int = 0  # of a new model's tokens; 0: 4 pixels, or 1 latent
-    autoencoder: str = ""  # "": pixels; "taef2", or a folder with a diffusers autoencoder: its latents
+    autoencoder: str = ""  # "": pixels; "taef2", "taef2-people", or a folder with a diffusers autoencoder: its latents
     conditions: tuple[Literal["pose", "reference"], ...] = ("pose", "reference")
     candidates: Literal["all", "temporal"] = "all"  # which blocks may train; the rest of the model stays frozen
     caption: str | None = None  # every clip's prompt for a pipeline; None: its own in the manifest

@@ -1,7 +1,7 @@
 """DWPose: COCO-17 keypoints by the two ONNX files that most human-video data were posed with, for those who have them.
 
-`yolox_l.onnx` finds people in the whole frame, `dw-ll_ucoco_384.onnx` 133 keypoints in the box of one (Yang et al. 2023,
-arXiv 2307.15880). The first 17 are COCO's. Pre- and post-processing follow the published models: letterbox to
+`yolox_l.onnx` finds people in the whole frame, `dw-ll_ucoco_384.onnx` 133 keypoints in the box of one (Yang et al.
+2023, arXiv 2307.15880). The first 17 are COCO's. Pre- and post-processing follow the published models: letterbox to
 640 in the upper left on grey 114, blue first, [0, 255]; box enlarged by 1.25 at the shape 288:384, red first,
 normalised as ImageNet; a keypoint is where the distributions over half pixels (SimCC) peak, its score the lower peak.
 

@@ -5,6 +5,8 @@ frame as the first of its own clip. Latents are (B, C, F, h, w), normalised to a
 (B, 3, F, H, W) in [-1, 1].
 
 TAEF2 is the tiny autoencoder of FLUX.2's latent space (madebyollin/taef2, MIT): 32 channels at an eighth of the size.
+"taef2-people" is the same, trained on with rendered people of 64 px (scripts/finetune_autoencoder.py): the original was
+made for large pictures, and loses arms and faces that are eight pixels wide.
 """
 
 import hashlib
@@ -17,7 +19,11 @@ import torch.nn.functional as nnf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-TAEF2 = Path(__file__).parent / "taef2"
+# The autoencoders that lie here, all of TAEF2's shape: name -> their folder, the deviation of their latents.
+TINY = {
+    "taef2": (Path(__file__).parent / "taef2", 0.9),  # of natural images and rendered people, all channels alike
+    "taef2-people": (Path(__file__).parent / "taef2_people", 1.09),
+}
 PIXELS_AT_ONCE = 2**19  # of frames that share a pass: 64 channels of them take 128 MiB
 
 
@@ -79,8 +85,8 @@ def _taef2() -> tuple[nn.Sequential, nn.Sequential]:
 class Autoencoder(nn.Module):
     """Encode videos to normalised latents and decode them, frame by frame.
 
-    `name` is "taef2" or a folder with a diffusers autoencoder (config.json and safetensors). `channels` and `factor`
-    describe its latents: channels per place, pixels per side of a place. ValueError for anything else.
+    `name` is a row of TINY or a folder with a diffusers autoencoder (config.json and safetensors). `channels` and
+    `factor` describe its latents: channels per place, pixels per side of a place. ValueError for anything else.
     """
 
     mean: Tensor
@@ -90,12 +96,13 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.name = name
         self.network: Any = None
-        if name == "taef2":
+        if name in TINY:
+            folder, deviation = TINY[name]
             self.encoder, self.decoder = _taef2()
-            self.encoder.load_state_dict(load_file(TAEF2 / "encoder.safetensors"))
-            self.decoder.load_state_dict(load_file(TAEF2 / "decoder.safetensors"))
+            self.encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
+            self.decoder.load_state_dict(load_file(folder / "decoder.safetensors"))
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
-            self.channels, mean, std = 32, [0.0], [0.9]  # of natural images and rendered people, all channels alike
+            self.channels, mean, std = 32, [0.0], [deviation]
         else:
             self.network = _diffusers_class(Path(name)).from_pretrained(name, use_safetensors=True)
             self.channels, mean, std = _normalisation(self.network.config)
@@ -121,9 +128,10 @@ class Autoencoder(nn.Module):
         return frames[:, :, 0] if whole else frames
 
     def fingerprint(self) -> str:
-        """Return 12 hex digits that change with the weights or the normalisation."""
+        """Return 12 hex digits that change with what makes the latents: the encoder's weights and the normalisation."""
         digest = hashlib.sha256()
-        for name, tensor in [*self.state_dict().items(), ("mean", self.mean), ("std", self.std)]:
+        encoding = [(k, v) for k, v in self.state_dict().items() if "decoder" not in k and "post_quant" not in k]
+        for name, tensor in [*encoding, ("mean", self.mean), ("std", self.std)]:
             digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
 
@@ -151,7 +159,7 @@ def latent_places(name: str) -> tuple[int, int]:
 
     ValueError as for Autoencoder.
     """
-    if name == "taef2":
+    if name in TINY:
         return 32, 8
     kind = _diffusers_class(Path(name))
     with torch.device("meta"):
@@ -167,7 +175,9 @@ def _diffusers_class(folder: Path) -> Any:
 
     path = folder / "config.json"
     if not path.exists():
-        raise ValueError(f"autoencoder {str(folder)!r} is unknown: choose 'taef2' or a folder with config.json")
+        raise ValueError(
+            f"autoencoder {str(folder)!r} is unknown: choose one of {sorted(TINY)} or a folder with config.json"
+        )
     name = json.loads(path.read_text()).get("_class_name", "")
     kind = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
     if kind is None:
