@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # The weights that lie here, each with a JSON that says how they were made: name -> constructor arguments.
 EMBEDDED: dict[str, tuple[str, dict[str, Any]]] = {
     "base": ("T", {}),  # drawn figures, 24 px, pixels
-    "people": (  # rendered people, 64 px, latents of TAEF2
+    "people": (  # rendered people, 64 px, latents of taef2-people
         "P",
         {"in_channels": 32, "patch_size": 1, "pose_stride": 8, "motion_modules": True},
     ),
