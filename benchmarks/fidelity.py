@@ -30,13 +30,15 @@ from torch import Tensor, nn
 
 from entprog.bench import environment, paired_difference, tiny_wan, wan_loss
 from entprog.blocks import Block, find_blocks, forked_rng, record_example
+from entprog.cost import StepCost
 from entprog.data.batches import Batch, batch_at, fixed_batches
 from entprog.data.synthetic import figures
-from entprog.measure import StepCost, held_out_losses
+from entprog.measure import held_out_losses
 from entprog.models.pretrained import loss_fn, predict_fn
 from entprog.modes import preserved, set_active
 from entprog.objective import OBJECTIVES
 from entprog.priority import score
+from entprog.profiling import cost_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Gradients = dict[str, list[Tensor]]  # block -> one gradient per parameter tensor
@@ -294,21 +296,21 @@ def train(setup: Setup, plan: Plan, cost: StepCost, flops: float) -> tuple[nn.Mo
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         modes = {n: "train" if n in trained else "bypass" if n in bypassed else "pass" for n in setup.names()}
-        spent, step = spent + cost.step(modes, upstream_trains=False), step + 1
+        spent, step = spent + cost.step(modes, outside="none"), step + 1
     return model, step
 
 
 def trained(setup: Setup, at: Callable[[int], Batch], held_out: list[Batch], per_sample: Loss,
             cei: dict[str, float], per_tau: dict[str, dict[str, float]], steps: int, seeds: int) -> dict[str, Any]:  # fmt: skip  # noqa: E501
     """Held-out losses of every plan after the same FLOPs, with the difference to its fixed counterpart."""
-    cost = StepCost.measure(setup.model, setup.blocks, lambda: setup.loss(setup.model, setup.batches[0]))
+    cost = cost_of(setup.model, setup.blocks, lambda: setup.loss(setup.model, setup.batches[0]))
     before = held_out_losses(setup.model, per_sample, held_out)
     rows: dict[str, Any] = {"before": float(before.mean())}
     for seed in range(seeds):
         plans = plans_of(setup, at, cei, per_tau, seed)
         _, chosen, bypassed = plans["6 frozen bypassed"](0)
         modes = {n: "train" if n in chosen else "bypass" for n in setup.names()}
-        flops = steps * cost.step(modes, upstream_trains=False)
+        flops = steps * cost.step(modes, outside="none")
         losses: dict[str, list[float]] = {}
         for name, plan in plans.items():
             model, count = train(setup, plan, cost, flops)

@@ -18,8 +18,9 @@ from torch import nn
 from entprog.bench import environment, tiny_wan, wan_loss
 from entprog.blocks import find_blocks, record_example
 from entprog.checkpointing import CHECKPOINTS, checkpoint_blocks
-from entprog.measure import PeakBytes, StepCost, count_flops, saved_bytes
+from entprog.measure import PeakBytes, count_flops, saved_bytes
 from entprog.modes import set_active
+from entprog.profiling import cost_of
 
 
 def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -39,7 +40,7 @@ def main() -> None:
     model, batch = tiny_wan(args.dim)
     model.requires_grad_(False)
     blocks = find_blocks(model, record_example(model, lambda: wan_loss(model, batch)))
-    cost = StepCost.measure(model, blocks, lambda: wan_loss(model, batch))
+    cost = cost_of(model, blocks, lambda: wan_loss(model, batch))
     some = [blocks[i] for i in (1, 5, 9)]
     rows: list[dict[str, Any]] = []
     for active, mode in ((blocks, "train"), *((some, m) for m in ("pass", "bypass_attn", "bypass"))):
@@ -55,7 +56,7 @@ def main() -> None:
             with PeakBytes() as live:
                 same = all(torch.equal(a, b) for a, b in zip(exact, gradients(model, batch), strict=True))
             modes = {b.name: "train" if b in active else mode for b in blocks}
-            predicted = cost.step(modes, upstream_trains=False, checkpointed=cost.blocks if way != "none" else ())
+            predicted = cost.step(modes, outside="none", checkpointed=dict.fromkeys(cost.forward, way))
             row = {"active": len(active), "mode": mode, "checkpointing": way, "kept": kept, "peak": live.peak}
             row |= {"flops": count_flops(lambda: gradients(model, batch)), "predicted_flops": predicted}
             rows.append(row | {"bit_equal": same, "segments": blocks[1].segments})

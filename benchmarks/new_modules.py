@@ -5,7 +5,7 @@
 PoseDiT-T, drawn figures; guider and head are trained for some steps first. Trainable are the best blocks by gain. For
 each setting of the frozen blocks: cosine of the gradients with the exact ones, of the trainable blocks, of the new pose
 guider (whose output enters the stream) and of the time embedder (whose output reaches every block as an argument), and
-the step's FLOPs relative to exact gradients through all frozen blocks (StepCost).
+the step's FLOPs relative to exact gradients through all frozen blocks (cost.StepCost).
 """
 
 import argparse
@@ -23,10 +23,10 @@ from entprog.blocks import by_name, find_blocks, record_example
 from entprog.bypass import _fidelities
 from entprog.data.batches import fixed_batches
 from entprog.data.synthetic import figures
-from entprog.measure import StepCost
 from entprog.models.pretrained import loss_fn
 from entprog.objective import OBJECTIVES
 from entprog.priority import score
+from entprog.profiling import cost_of
 
 MODES = ("bypass", "bypass_attn")
 PARTS = {"new": "pose_guider", "conditioning": "t_embedder"}
@@ -63,7 +63,7 @@ def main() -> None:
         for block in blocks:
             block.module.requires_grad_(True)
         ranking = score(model, blocks, None, batches, "gain", loss_fn=loss).ranking
-        cost = StepCost.measure(model, blocks, lambda: loss(model, batches[0]))  # noqa: B023
+        cost = cost_of(model, blocks, lambda: loss(model, batches[0]))  # noqa: B023
         for count in (3, 6):
             active = ranking[:count]
             frozen = [b.name for b in blocks if b.name not in active]

@@ -4,7 +4,7 @@
     python benchmarks/plan_accuracy.py --device cuda # the same against the CUDA allocator's peak
 
 Each family runs with the last, the first and two spread blocks trainable, the others in each mode, with everything
-trainable, and (where the model has it) with checkpointing. Float32, AdamW, one step; the prediction sees shapes only.
+trainable, and each with checkpointing by block and by parts. Float32, AdamW, one step; the prediction sees shapes only.
 """
 
 import argparse
@@ -18,10 +18,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from entprog.attention import patched
 from entprog.bench import environment
 from entprog.blocks import Block, find_blocks, outside_blocks
+from entprog.checkpointing import CHECKPOINTS, checkpoint_blocks
 from entprog.measure import saved_bytes, training_bytes
+from entprog.meta import Flops
 from entprog.models.pose_dit import pose_dit
 from entprog.modes import preserved, set_active
 from entprog.plan import Accounting, Setting, spread
@@ -137,13 +141,13 @@ FAMILIES: dict[str, Callable[[], Made]] = {
 }
 
 
-def cases(names: list[str]) -> Iterator[tuple[str, list[str], str, str]]:
+def cases(names: list[str], attention: bool) -> Iterator[tuple[str, list[str], str, str]]:
     """Yield (label, trainable blocks, mode of the others, what trains outside)."""
     yield "all", names, "pass", "all"
     yield "all blocks", names, "pass", "none"
     two = [names[i] for i in spread(len(names), 2)]
     for label, active in (("last", names[-1:]), ("first", names[:1]), ("two", two)):
-        for mode in ("pass", "prefix", "bypass", "skip"):
+        for mode in ("pass", "prefix", "bypass", "skip", *["bypass_attn"] * attention):
             yield f"{label}, {mode}", active, mode, "always"
 
 
@@ -158,27 +162,28 @@ class Measured:
         output = self.model(**self.inputs)
         return (output if isinstance(output, Tensor) else output[0]).sum()  # keeps nothing of its own
 
-    def step(self, active: list[str], mode: str, outside: str, recompute: int = 0) -> tuple[int, int]:
-        """Return (bytes kept for backward, bytes the step holds at most), AdamW's state included."""
+    def step(self, active: list[str], frozen: dict[str, str], outside: str, recompute: int = 0) -> tuple[int, int, int]:
+        """Return (bytes kept for backward, bytes the step holds at most, AdamW's state included, FLOPs)."""
         with preserved(self.model, self.blocks):
             for group, trains in ((self.head, outside != "none"), (self.stem, outside == "all")):
                 for p in group:
                     p.requires_grad_(trains)
-            set_active(self.blocks, active, frozen=mode)
+            set_active(self.blocks, active, frozen=frozen)
             optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad])
             cuda = next(self.model.parameters()).is_cuda
             for _ in range(2 if cuda else 1):  # the allocator's peak is that of a step with optimizer state
                 if cuda:
                     torch.cuda.reset_peak_memory_stats()
-                with saved_bytes(ignore=list(self.model.parameters())) as held:
-                    loss = self.loss()
-                    kept = held()
-                loss.backward()
+                with Flops() as counter:
+                    with saved_bytes(ignore=list(self.model.parameters())) as held:
+                        loss = self.loss()
+                        kept = held()
+                    loss.backward()
                 optimizer.step()
                 total = training_bytes(self.model, optimizer, kept + recompute)
                 optimizer.zero_grad(set_to_none=True)
                 del loss
-        return kept, total
+        return kept, total, counter.total
 
 
 def compare(name: str, device: str = "cpu", make: Callable[[], Made] | None = None) -> list[dict[str, Any]]:
@@ -189,71 +194,78 @@ def compare(name: str, device: str = "cpu", make: Callable[[], Made] | None = No
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     blocks = find_blocks(model, inputs)
     predicted, measured = profile(model, inputs, blocks=blocks, device=device), Measured(model, inputs, blocks)
-    names = [b.name for b in blocks]
-    rows = [_row(name, case, predicted, measured) for case in cases(names)]
-    if getattr(model, "_supports_gradient_checkpointing", False) and name != "UNetMotion":
-        model.enable_gradient_checkpointing()  # a UNet's checkpoints are not those of single blocks
-        rows += [_row(name, case, predicted, measured, True) for case in cases(names) if "skip" not in case[0]]
+    able, rows = predicted.attention(), []
+    checkpoint_blocks(blocks, "parts")
+    for mode in ("pass", "bypass_attn"):  # finds the blocks' parts and attention, which holds more, once
+        set_active(blocks, [], frozen={b.name: mode if b.name in able else "pass" for b in blocks})
+        measured.loss()
+    for keep in CHECKPOINTS:
+        checkpoint_blocks(blocks, keep)
+        for case in cases([b.name for b in blocks], bool(able)):
+            if keep == "none" or "skip" not in case[0]:
+                rows.append(_row(name, case, predicted, measured, keep, able))
     return rows
 
 
 def _row(
-    family: str, case: tuple[str, list[str], str, str], predicted: Profile, real: Measured, again: bool = False
+    family: str, case: tuple[str, list[str], str, str], predicted: Profile, real: Measured, keep: str, able: list[str]
 ) -> dict[str, Any]:
     label, active, mode, outside = case
-    modes = {n: "train" if n in active else mode for n in predicted.blocks}
+    frozen = {n: mode if mode != "bypass_attn" or n in able else "pass" for n in predicted.blocks if n not in active}
+    modes = dict.fromkeys(active, "train") | frozen
     method = {"all": "full", "none": "lora", "always": "ent-prog"}[outside]
-    guess = predicted.step(modes, outside=outside, checkpointing=again)
+    guess = predicted.step(modes, outside=outside, checkpointing=keep)
     setting: Setting | None = None
     if outside != "none":
-        setting = Accounting().setting(predicted, modes, method=method, mode=mode, checkpointing=again)
-    recompute = _recomputed(real, active, mode, outside) if again else 0
-    kept, peak = real.step(active, mode, outside, recompute)
+        setting = Accounting().setting(predicted, modes, method=method, mode=mode, checkpointing=keep)
+    recompute = _recomputed(real, active, frozen, outside, keep) if keep != "none" else 0
+    kept, peak, flops = real.step(active, frozen, outside, recompute)
     return {
         "family": family,
         "case": label,
-        "checkpointing": again,
+        "checkpointing": keep,
+        "flops": {"predicted": guess["flops"], "measured": flops, "error": guess["flops"] / flops - 1},
         "kept": {"predicted": guess["activations"], "measured": kept, "error": guess["activations"] / kept - 1},
         "peak": {"predicted": setting.peak, "measured": peak, "error": setting.peak / peak - 1} if setting else None,
     }
 
 
-def _recomputed(real: Measured, active: list[str], mode: str, outside: str) -> int:
-    """Bytes that the dearest block makes for backward, measured by running the model without checkpointing."""
-    real.model.disable_gradient_checkpointing()  # type: ignore[operator]
-    dearest = 0
+def _recomputed(real: Measured, active: list[str], frozen: dict[str, str], outside: str, keep: str) -> int:
+    """Bytes that the dearest block, or part of one, makes for backward, measured by running without checkpointing."""
+    parts = {b.name: _parts(b, frozen.get(b.name, "train")) if keep == "parts" else ("",) for b in real.blocks}
+    checkpoint_blocks(real.blocks, "none")
     with preserved(real.model, real.blocks):
         for group, trains in ((real.head, outside != "none"), (real.stem, outside == "all")):
             for p in group:
                 p.requires_grad_(trains)
-        set_active(real.blocks, active, frozen=mode)
-        for block in real.blocks:
-            dearest = max(dearest, _kept_inside(real, block))
-    real.model.enable_gradient_checkpointing()  # type: ignore[operator]
+        set_active(real.blocks, active, frozen=frozen)
+        run = [b for b in real.blocks if frozen.get(b.name) not in ("bypass", "skip")]
+        dearest = _kept_inside(real, [b.module.get_submodule(n) for b in run for n in parts[b.name]])
+    checkpoint_blocks(real.blocks, keep)
     return dearest
 
 
-def _kept_inside(real: Measured, block: Block) -> int:
-    """Bytes of new storages that autograd keeps within one block's call in a forward pass."""
-    ignore: list[Tensor] = list(real.model.parameters())
-    found: list[int] = []
-    original = block.module.forward
+def _parts(block: Block, mode: str) -> tuple[str, ...]:
+    """The parts that checkpointing runs again one by one, the block itself if it has none."""
+    cut = block.attention or () if mode == "bypass_attn" else ()
+    return tuple(n for n in block.segments or () if n not in cut) or ("",)
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        with saved_bytes(ignore=[*ignore, *given]) as held:
-            output = original(*args, **kwargs)
-            found.append(held())
+
+def _kept_inside(real: Measured, modules: list[nn.Module]) -> int:
+    """Most bytes of new storages that autograd keeps within one of the modules' calls in a forward pass."""
+    dearest = 0
+
+    def watched(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal dearest
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        with saved_bytes(ignore=[*real.model.parameters(), *given]) as held:
+            output = forward(*args, **kwargs)
+            dearest = max(dearest, held())
         return output
 
-    had = vars(block.module).get("forward")
-    block.module.forward = watched  # type: ignore[method-assign]
-    real.loss()
-    if had is None:
-        del block.module.forward
-    else:
-        block.module.forward = had
-    return found[0]
+    with patched(modules, watched):
+        real.loss()
+    return dearest
 
 
 def main() -> None:
@@ -265,17 +277,18 @@ def main() -> None:
     out = args.out or Path(__file__).parent / "results" / f"plan_accuracy{suffix}.json"
     rows: list[dict[str, Any]] = []
     table = Table(title="predicted / measured - 1, worst of all cases")
-    for column in ("family", "cases", "kept for backward", "peak", "worst case"):
+    for column in ("family", "cases", "FLOPs", "kept for backward", "peak", "worst case"):
         table.add_column(column, justify="right")
     for name in FAMILIES:
         found = compare(name, args.device)
         worst = max(found, key=lambda r: abs(r["kept"]["error"]))
         peak = max((r["peak"]["error"] for r in found if r["peak"]), key=abs)
-        label = f"{worst['case']}{', checkpoints' if worst['checkpointing'] else ''}"
-        table.add_row(name, str(len(found)), f"{worst['kept']['error']:+.1%}", f"{peak:+.1%}", label)
+        label = f"{worst['case']}, {worst['checkpointing']}"
+        flops = max((r["flops"]["error"] for r in found), key=abs)
+        table.add_row(name, str(len(found)), f"{flops:+.1%}", f"{worst['kept']['error']:+.1%}", f"{peak:+.1%}", label)
         rows += found
-        print(name, label, worst["kept"], peak, flush=True)
-    out.write_text(json.dumps(environment() | {"rows": rows}, indent=1) + "\n")
+        print(name, label, worst["kept"], peak, flops, flush=True)
+        out.write_text(json.dumps(environment() | {"rows": rows}, indent=1) + "\n")
     Console().print(table, f"{out}")
 
 

@@ -3,17 +3,18 @@
 import json
 from dataclasses import replace
 from functools import cache
-from itertools import count, islice
+from itertools import count, islice, product
 
 import pytest
 import torch
-from conftest import Plain
+from conftest import ZOO, Plain
 from safetensors.torch import load_file
 from torch import nn
 
 from entprog import memory
-from entprog.blocks import find_blocks
-from entprog.budget import Keeping, merged
+from entprog.blocks import find_blocks, outside_blocks
+from entprog.budget import Budget, Keeping, merged
+from entprog.checkpointing import CHECKPOINTS
 from entprog.config import RunConfig
 from entprog.data.synthetic import figures
 from entprog.measure import saved_bytes
@@ -22,7 +23,7 @@ from entprog.modes import running, set_active
 from entprog.plugin import EntProg
 from entprog.priority import score
 from entprog.schedule import rotated
-from entprog.strategy import Progressive
+from entprog.strategy import Progressive, add_adapters
 from entprog.train import Trainer
 
 STATE = {"frozen_weights": "int8", "optimizer_state": "park", "growth": "rotate", "rotate_every": 2}
@@ -44,6 +45,9 @@ class Run:
     def __init__(self, settings, steps=16, max_memory=None, depth=6, **kwargs):
         torch.manual_seed(0)
         self.model = Plain(depth=depth, width=32)
+        if settings.adapters:
+            kwargs["blocks"] = find_blocks(self.model)
+            add_adapters(self.model, kwargs["blocks"], rank=4)
         held_out = next(islice(batches(), 900, None))
         self.prog = EntProg(self.model, loss_fn, held_out=held_out, train_batches=batches, total_steps=steps,
                             strategy=settings, clock="model", max_memory=max_memory, **kwargs)  # fmt: skip
@@ -107,14 +111,56 @@ def test_enough_memory_changes_nothing():
     assert free.prog.scores.ranking == bound.prog.scores.ranking
 
 
+def test_each_kind_of_block_is_checkpointed_in_the_cheapest_way_that_fits():
+    model, inputs = ZOO["pose_dit"]()  # two kinds, over space and over time
+    blocks = find_blocks(model, inputs)
+    names, outside = [b.name for b in blocks], outside_blocks(model, blocks, (), lambda: model(**inputs))
+    settings = Progressive(priority="cei", stages=1, frozen="pass", frozen_weights="bf16")
+    budget = Budget("1GiB", model, blocks, names, outside, inputs, 2, settings)
+    kinds = budget.profile.kinds()
+    assert len(set(kinds.values())) == 2
+    modes = dict.fromkeys(names, "train")
+    every = [Keeping("bf16", {n: w for n, k in kinds.items() for kind, w in zip(sorted(set(kinds.values())), ways,
+             strict=True) if kind == k}) for ways in product(CHECKPOINTS, repeat=2)]  # fmt: skip
+    flops = [budget.profile.step(modes, outside="all", checkpointing=k.checkpointing)["flops"] for k in every]
+    needs, chosen = [budget.training(modes, k) for k in every], []
+    for limit in sorted(set(needs)):
+        budget.limit = limit
+        found = budget.choose(modes)
+        assert budget.training(modes, found) <= limit
+        cheapest = min(f for f, need in zip(flops, needs, strict=True) if need <= limit)
+        assert budget.profile.step(modes, outside="all", checkpointing=found.checkpointing)["flops"] == cheapest
+        chosen.append(found)
+    assert Keeping("bf16", "none") in chosen and any(isinstance(k.checkpointing, dict) for k in chosen)
+    ways = {
+        w for k in chosen for w in ([k.checkpointing] if isinstance(k.checkpointing, str) else k.checkpointing.values())
+    }
+    assert ways == set(CHECKPOINTS)
+    budget.limit = min(needs) - 1
+    assert budget.choose(modes) is None
+
+
+def test_adapters_are_counted():
+    settings = Progressive(priority="cei", schedule="linear", stages=2, frozen="pass", adapters=True, rotate_every=4)
+    limit = int(0.7 * full_need())
+    run = Run(settings, steps=16, max_memory=limit).go()
+    assert max(run.bytes) <= limit and max(run.peaks) <= limit
+    checks = [e for e in run.prog.events if e["event"] == "plan_check"]
+    assert checks and all(abs(e["error"]) < 0.1 for e in checks)
+    assert any(len(active) < 6 for active in run.history)
+    half = [p for b in run.prog.blocks for p in b.adapters if p.shape[1] == 4]  # of each pair the one that starts at 0
+    assert half and all(p.any() for p in half), "adapters train throughout"
+
+
 def test_what_makes_room_changes_no_number():
     """Checkpointed, with weights streamed from the host and parked moments: the same weights after every step."""
     settings = Progressive(priority="last", schedule="linear", stages=2, frozen="pass", growth="nested")
     free = Run(settings, max_memory="1GiB").go(end=4)
     assert free.prog.keeping == Keeping()
-    limit = int(1.03 * free.prog.budget.training(free.prog.modes, Keeping("cpu", True)))
+    limit = int(1.03 * free.prog.budget.training(free.prog.modes, Keeping("cpu", "block")))
     bound = Run(settings, max_memory=limit).go(end=4)
-    assert bound.prog.keeping == Keeping("cpu", True) and bound.history == free.history
+    assert bound.prog.keeping.frozen_weights == "cpu" and bound.prog.keeping.checkpointing != "none"
+    assert bound.history == free.history
     assert max(bound.bytes) <= limit < 0.95 * max(free.bytes)
     bound.prog.release()
     assert all(torch.equal(p, q) for p, q in zip(bound.model.parameters(), free.model.parameters(), strict=True))
@@ -230,8 +276,6 @@ def test_budgets_that_cannot_be_kept_are_refused():
         Run(Progressive(**cei, optimizer_state="keep"), max_memory="1GiB")
     with pytest.raises(ValueError, match="oracle"):
         Run(Progressive(priority="oracle"), max_memory="1GiB")
-    with pytest.raises(ValueError, match="adapters"):
-        Run(Progressive(adapters=True, frozen="pass"), max_memory="1GiB")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +298,7 @@ def test_the_trainer_keeps_a_budget_and_resumes_in_it_exactly(tmp_path):
     config = RunConfig(
         steps=12, clips=16, held_out_clips=8, size=8, frames=2, batch_size=2, evaluations=1, checkpoint_every=5,
         stages=2, clock="model", frozen_weights="int8", rotate_every=3, max_memory=1_700_000, strategy="paper",
-        schedule="linear",
+        schedule="linear", ema_decay=0.9,
     )  # fmt: skip
 
     class Killed(Exception):

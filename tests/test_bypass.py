@@ -5,6 +5,7 @@ import torch
 from conftest import Plain, trained_by
 from zoo import build, tensors
 
+from entprog import EntProg, Progressive
 from entprog.blocks import find_blocks
 from entprog.bypass import choose_bypass, detours, fidelity
 from entprog.modes import set_active
@@ -30,18 +31,22 @@ def stream_gradients(model, inputs, block):
     return seen
 
 
+@pytest.mark.parametrize("mode", ["bypass", "bypass_attn"])
 @pytest.mark.parametrize("name", ["WanTransformer3DModel", "FluxTransformer2DModel", "UNet2DConditionModel"])
-def test_detour_errors_equal_those_of_bypassing_one_block_at_a_time(name):
+def test_detour_errors_equal_those_of_bypassing_one_block_at_a_time(name, mode):
     model, inputs = build(name)
     blocks = find_blocks(model, inputs)
     set_active(blocks, [], frozen="pass")
-    with detours(blocks) as errors:
+    with detours(blocks, mode) as errors:
         sum(t.square().sum() for t in tensors(model(**inputs))).backward()
     model.zero_grad(set_to_none=True)
     assert list(errors) == [b.name for b in blocks]
     for block in blocks[:: max(1, len(blocks) // 6)]:
         exact = stream_gradients(model, inputs, block)
-        set_active(blocks, [], frozen={block.name: "bypass"})
+        if mode == "bypass_attn" and not block.attention:
+            assert errors[block.name] == 0
+            continue
+        set_active(blocks, [], frozen={block.name: mode})
         around = stream_gradients(model, inputs, block)
         set_active(blocks, [], frozen="pass")
         assert around.keys() <= exact.keys()  # a stream that ends here has a gradient through the branch only
@@ -77,6 +82,48 @@ def test_by_default_the_harmless_are_bypassed_first():
     assert set(chosen) == {"blocks.1", "blocks.2", "blocks.4"}
     assert choose_bypass(model, blocks, loss, [None], ["blocks.0"], ["blocks.3"], min_fidelity=0.98)[0] == []
     assert {"size", "cosine", "norm_ratio", "new_modules_cosine"} == set(curve[0])
+
+
+def entprog_of(model, loss, **settings):
+    settings = {"priority": "last", "schedule": "fixed", "active_share": 0.3, "stages": 1, "stem": "never"} | settings
+    prog = EntProg(model, loss, held_out=None, train_batches=lambda: iter([None] * 8), total_steps=4,
+                   strategy=Progressive(frozen="bypass_attn", **settings), clock="model")  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(4):
+        prog.step(step, optimizer)
+        loss(model, None).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return prog
+
+
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "UNet2DConditionModel"])
+def test_a_run_cuts_self_attention_where_there_is_any_and_passes_elsewhere(name):
+    model, inputs = build(name)
+
+    def loss(m, batch):
+        return sum(t.square().mean() for t in tensors(m(**inputs)))
+
+    first = [find_blocks(model, inputs)[0].name]  # everything lies behind it
+    prog = entprog_of(model, loss, priority="first", active_share=0.01, min_fidelity=0.1)
+    able = {b.name for b in prog.blocks if b.attention}
+    assert prog.active == first and able
+    assert {n for n, m in prog.modes.items() if m == "bypass_attn"} == able - set(first)
+    assert {m for n, m in prog.modes.items() if n not in able} <= {"train", "prefix"}
+    state = next(e for e in prog.events if e["event"] == "modes")
+    assert state["fidelity"]["cosine"] >= 0.1 and state["fidelity"]["size"] == len(able - set(first))
+    exact = entprog_of(model, loss, priority="first", active_share=0.01, min_fidelity=0.9999999)
+    assert sum(m == "bypass_attn" for m in exact.modes.values()) < len(able - set(first)), "the bound holds"
+    assert prog.step_flops(prog.modes) < prog.step_flops(
+        {n: m if m == "train" else "pass" for n, m in prog.modes.items()}
+    )
+
+
+def test_a_run_without_any_self_attention_is_refused():
+    with pytest.raises(
+        ValueError, match=r"'bypass_attn' needs blocks with self-attention.*Residual.*'bypass' or 'pass'"
+    ):
+        entprog_of(Plain(), lambda m, batch: m(torch.ones(2, 5, 8)).square().mean())
 
 
 def test_new_modules_in_front_bound_the_set_too(family):

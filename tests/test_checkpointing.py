@@ -13,9 +13,10 @@ from zoo import build
 
 from entprog import EntProg, Progressive, checkpoint_blocks, checkpointing, find_blocks, set_active
 from entprog.attention import attention_modules
-from entprog.checkpointing import CHECKPOINTS
-from entprog.measure import PeakBytes, StepCost, count_flops, saved_bytes
+from entprog.checkpointing import CHECKPOINTS, checkpointed
+from entprog.measure import PeakBytes, count_flops, saved_bytes
 from entprog.modes import mode_of
+from entprog.profiling import cost_of
 
 NAMES = ["WanTransformer3DModel", "FluxTransformer2DModel", "UNet2DConditionModel"]
 
@@ -182,17 +183,20 @@ def test_a_whole_entprog_run_is_bit_equal(frozen):
     assert all(torch.equal(a, b) for other in weights[1:] for a, b in zip(weights[0], other, strict=True))
 
 
-def test_step_cost_counts_the_second_run_of_what_gradients_reach():
+@pytest.mark.parametrize("mode", ["pass", "bypass_attn", "bypass"])
+def test_step_cost_counts_the_second_run_of_what_gradients_reach(mode):
     model, inputs = build("WanTransformer3DModel")
     blocks = find_blocks(model, inputs)
     model.requires_grad_(False)
-    cost = StepCost.measure(model, blocks, lambda: model(**inputs))
-    set_active(blocks, [blocks[1]], frozen="pass")
-    flops = []
-    for way in ("none", "block"):
+    cost = cost_of(model, blocks, lambda: model(**inputs))
+    set_active(blocks, [blocks[1]], frozen=mode)
+    gradients(model, inputs)  # finds attention and parts, which costs once
+    modes = {b.name: "train" if b.index == 1 else mode for b in blocks}
+    found = {}
+    for way in CHECKPOINTS:
         checkpoint_blocks(blocks, way)
-        flops.append(count_flops(lambda: gradients(model, inputs)))
-    modes = {b.name: "train" if b.index == 1 else "pass" for b in blocks}
-    predicted = [cost.step(modes, upstream_trains=False, checkpointed=c) for c in ((), cost.blocks)]
-    assert predicted[1] - predicted[0] == cost.blocks[blocks[1].name] + cost.blocks[blocks[2].name]
-    assert predicted[1] - predicted[0] == pytest.approx(flops[1] - flops[0], rel=0.1)
+        gradients(model, inputs)
+        found[way] = count_flops(lambda: gradients(model, inputs))
+        assert checkpointed(blocks) == ({b.name: way for b in blocks} if way != "none" else {})
+        assert cost.step(modes, outside="none", checkpointed=checkpointed(blocks)) == found[way], way
+    assert found["none"] < found["parts"] < found["block"]

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from entprog.blocks import find_blocks
 from entprog.frozen import settle_weights, weight_bytes
-from entprog.modes import set_active
+from entprog.modes import running, set_active
 from entprog.plugin import EntProg
 from entprog.strategy import Progressive
 from entprog.supernet import Snapshot, at_average
@@ -96,6 +96,21 @@ def test_reentrant_checkpointing_is_refused_with_the_way_out():
         prog.step(0, torch.optim.AdamW(model.parameters()))
     model.enable_gradient_checkpointing()
     prog.step(0, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize("mode", ["skip", "bypass", "bypass_attn"])
+def test_reentrant_checkpointing_under_a_mode_is_refused_where_it_runs(mode):
+    model, inputs = wan()
+    blocks = find_blocks(model, inputs)
+    model.enable_gradient_checkpointing(REENTRANT)
+    set_active(blocks, blocks[:1], frozen="pass")
+    with running(blocks[1:2], mode):
+        with pytest.raises(ValueError, match=r"reentrant.*use_reentrant=False"):
+            trained_by(inputs)(model)
+        with torch.no_grad():
+            assert trained_by(inputs)(model).isfinite().all(), "without gradients nothing is checkpointed"
+        model.enable_gradient_checkpointing()
+        trained_by(inputs)(model).mean().backward()
 
 
 def test_a_loss_that_first_runs_without_gradients_is_not_taken_for_reentrant():

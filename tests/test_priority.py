@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from conftest import Plain, first, trained_by
+from torch import nn
 from zoo import build
 
 from entprog.blocks import batch_size, find_blocks, first_tensor
+from entprog.measure import PeakBytes
 from entprog.modes import mode_of, skip
 from entprog.priority import PRIORITIES, agreement, score
 
@@ -76,6 +78,69 @@ def test_gain_is_positive_for_a_block_with_a_consistent_gradient():
     assert all(v > 0 for v in scores.values.values()), "the same batch twice: every Adam step lowers it"
     with pytest.raises(ValueError, match="at least 2 batches"):
         score(model, blocks, lambda m, b: m(b), [x], "gain", loss_fn=lambda m, b: m(b).square().mean())
+
+
+def held_all(model, blocks, loss, batches):
+    """gain the slow, obvious way: every batch's gradients held at once."""
+    grads = []
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        loss(model, batch).backward()
+        grads.append([[p.grad.clone() for p in b.parameters()] for b in blocks])
+    model.zero_grad(set_to_none=True)
+    sizes = [sum(p.numel() for p in b.parameters()) for b in blocks]
+    values = {}
+    for b, block in enumerate(blocks):
+        rows = []
+        for i, own in enumerate(grads):
+            others = [torch.cat([g.flatten() for g in o[b]]) for j, o in enumerate(grads) if j != i]
+            stack = torch.stack(others)
+            step = stack.mean(0) / (stack.square().mean(0).sqrt() + 1e-8)
+            rows.append(torch.dot(torch.cat([g.flatten() for g in own[b]]), step))
+        values[block.name] = float(torch.stack(rows).mean()) * sum(sizes) / len(sizes) / sizes[b]
+    return values
+
+
+def test_gain_holds_the_same_however_many_batches():
+    torch.manual_seed(0)
+    model = Plain(width=64)
+    blocks = find_blocks(model, {"x": torch.randn(1, 1, 64)})
+    batches = [{"x": torch.randn(1, 1, 64) * 1.5**i} for i in range(12)]  # of very different size
+
+    def loss(m, b):
+        return m(b["x"]).square().mean()
+
+    peaks = {}
+    for n in (3, 12):
+        with PeakBytes() as live:
+            scores = score(model, blocks, lambda m, b: m(b["x"]), batches[:n], "gain", loss_fn=loss)
+        peaks[n] = live.peak
+        assert scores.values == pytest.approx(held_all(model, blocks, loss, batches[:n]), rel=1e-3)
+    copy_of_all = 4 * sum(p.numel() for b in blocks for p in b.parameters())
+    assert peaks[12] < 1.05 * peaks[3] < 8 * copy_of_all
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_scores_by_gradients_know_batch_norm(running):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(8, track_running_stats=running), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.linear(self.norm(x))
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList(Normed() for _ in range(3))
+    model.forward = lambda x: model.blocks[2](model.blocks[1](model.blocks[0](x)))
+    batches = [{"x": torch.randn(4, 8)} for _ in range(3)]
+    blocks = find_blocks(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for name in ("gain", "grad_norm"):
+        scores = score(model, blocks, None, batches, name, loss_fn=lambda m, b: m.forward(b["x"]).square().mean())
+        assert len(scores.values) == 3
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "running statistics too"
+    assert all(m.training for m in model.modules())
 
 
 def test_position_orders():

@@ -200,10 +200,11 @@ def test_full_matches_a_plain_loop(tmp_path):
     assert same(weights(tmp_path), model.state_dict())
 
 
-def test_ema_follows_only_what_trains_and_swaps_back():
+@pytest.mark.parametrize("host", [False, True])
+def test_ema_follows_only_what_trains_and_swaps_back(host):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[0].requires_grad_(False)
-    ema = Ema(model, 0.5)
+    ema = Ema(model, 0.5, host)
     for _ in range(3):
         ema.update()
         with torch.no_grad():

@@ -87,7 +87,6 @@ TARGETS = [
     ("speed-up at m/L .10", "1.3B, m/L 0.1 bypass, bf16, checkpointing", "speedup", 3.0),
     ("GB at m/L .25, 1.3B", FIT, "gb", 8.0),
     ("GB at m/L .25, 1.3B", FIT.replace("int8", "cpu"), "gb", 8.0),
-    ("GB at m/L .25, 1.3B", FIT.replace("checkpointing", "checkpointing parts"), "gb", 8.0),
     ("GB at m/L .25, 14B", FIT.replace("1.3B", "14B"), "gb", 48.0),
 ]
 
@@ -98,31 +97,17 @@ def active_of(case: Case, count: int) -> list[int]:
     return list(range(count - wanted, count)) if case.suffix else spread(count, wanted)
 
 
-def attention_backward(shape: Shape) -> int:
-    """FLOPs by which bypass_attn's backward of one block is less than pass's: 5 products of attention, 4 layers."""
-    _, _, frames, height, width = shape.latent
-    tokens, dim = frames * (height // 2) * (width // 2), shape.heads * shape.head_dim
-    return 10 * tokens**2 * dim + 8 * tokens * dim**2
-
-
-def bound_of(case: Case, measured: Profile, shape: Shape) -> dict[str, Any]:
-    """Return the FLOPs of a step and the bytes it should hold, counted on the meta device.
-
-    The plan does not know `bypass_attn` and parts: its FLOPs are then counted from those of `pass`, without bytes.
-    """
+def bound_of(case: Case, measured: Profile) -> dict[str, Any]:
+    """Return the FLOPs of a step and the bytes it should hold, counted on the meta device."""
     names = list(measured.blocks)
     trained = {names[i] for i in active_of(case, len(names))} if case.method == "blocks" else set(names)
-    cut = case.mode == "bypass_attn"
-    modes = {n: "train" if n in trained else "pass" if cut else case.mode for n in names}
+    modes = {n: "train" if n in trained else case.mode for n in names}
     outside = {"full": "all", "lora": "none"}.get(case.method, "always")
-    cost = measured.step(modes, outside=outside, checkpointing=case.checkpointing != "none", lora=case.method == "lora")
+    cost = measured.step(modes, outside=outside, checkpointing=case.checkpointing, lora=case.method == "lora")
     width = sum(measured.bytes.values()) / sum(measured.blocks.values())
     frozen = [n for n in names if n not in trained]
     frozen = frozen[:2] if case.precision == "cpu" else frozen  # the ring
     stored = {"int8": 1.0, "fp8": 1.0, "bf16": 2.0}.get(case.precision, width)
-    if cut:
-        behind = [n for n in names[min(active_of(case, len(names))) :] if n not in trained]
-        cost["flops"] -= len(behind) * attention_backward(shape)
     weights = measured.outside[1] + sum(measured.bytes[n] for n in trained)
     weights += int(min(stored, width) * sum(measured.blocks[n] for n in frozen))
     outside_bytes = {"all": measured.outside[1], "always": measured.always[1], "none": 0}[outside]
@@ -133,5 +118,4 @@ def bound_of(case: Case, measured: Profile, shape: Shape) -> dict[str, Any]:
     state = 0 if case.optimizer == "sgd" else 2 * held
     gradients = 0 if case.in_backward else held
     total = weights + gradients + state + cost["activations"] + cost["recompute"]
-    known = not cut and case.checkpointing != "parts"
-    return {"flops": cost["flops"]} | ({"predicted": total} if known else {})
+    return {"flops": cost["flops"], "predicted": total}

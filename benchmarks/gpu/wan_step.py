@@ -292,7 +292,7 @@ class Manager:
             self.profiles[case.model] = profile(
                 model, inputs, blocks=names, device=on, dtype=dtype, lora_rank=shape.rank
             )
-        return bound_of(case, self.profiles[case.model], shape)
+        return bound_of(case, self.profiles[case.model])
 
     def run(self, case: Case, count: tuple[int, int]) -> dict[str, Any]:
         """Measure a case, or say why not."""

@@ -58,6 +58,11 @@ def attention_modules(module: nn.Module) -> dict[str, bool]:
     return found
 
 
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's values lie, on the meta device too."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+
+
 @dataclass
 class _Calls:
     """What the calls of one attention module showed."""
@@ -76,7 +81,7 @@ class _Calls:
             self.verdicts.append(True)
         elif "q" in inputs and "k" in inputs:
             q, k = inputs["q"], inputs["k"]
-            self.verdicts.append(q.shape == k.shape and q.data_ptr() == k.data_ptr())
+            self.verdicts.append(q.shape == k.shape and _place(q) == _place(k))
         self.first = self.first or (args, kwargs)
 
 
@@ -133,6 +138,33 @@ def self_attention(block: Block, call: Callable[[], Any]) -> tuple[str, ...]:
         if isinstance(probe(block.module.get_submodule(name), args, kwargs), Outputs):
             raise ValueError(f"{kind}: {name} adds its own input to its output, so the stream lies in it. {_OTHERWISE}")
     return tuple(calls)
+
+
+def find_attention(blocks: Sequence[Block], run: Callable[[], Any]) -> list[str]:
+    """Name the blocks that bypass_attn can cut, those with self-attention of their own, by one run of the model.
+
+    Each notes its own. ValueError if there is none.
+    """
+
+    def hook(block: Block, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if block.attention is None:
+            try:
+                block.attention = self_attention(block, partial(module.forward, *args, **kwargs))
+            except ValueError:
+                block.attention = ()
+
+    handles = [b.module.register_forward_pre_hook(partial(hook, b), with_kwargs=True) for b in blocks]
+    try:
+        with torch.no_grad(), forked_rng(0):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not (found := [b.name for b in blocks if b.attention]):
+        kinds = sorted({type(b.module).__name__ for b in blocks})
+        raise ValueError(f"frozen='bypass_attn' needs blocks with self-attention of their own, and of {kinds} none has "
+                         "any: choose 'bypass' or 'pass'")  # fmt: skip
+    return found
 
 
 def check_attention(blocks: Sequence[Block]) -> None:

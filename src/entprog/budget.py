@@ -4,14 +4,17 @@
 
 is predicted for every set of modes before it is tried, from the model's own code on the meta device (profiling.py), and
 corrected by what the first step in those modes measures. Three things make room without changing any number that
-training computes: the state of frozen parameters waits on the host, blocks are checkpointed, and the weights of frozen
-blocks stream from the host. Only then are fewer blocks trained. What scores and fidelity hold is part of the budget.
+training computes: the state of frozen parameters waits on the host, blocks are checkpointed (each kind for itself, as a
+whole or by parts), and the weights of frozen blocks stream from the host. Only then are fewer blocks trained. What
+scores and fidelity hold is part of the budget.
 
 On a CPU everything is counted as a GPU would hold it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -21,23 +24,32 @@ from entprog.blocks import Block
 from entprog.cei import Scores
 from entprog.frozen import parked_bytes
 from entprog.measure import tensor_bytes
-from entprog.plan import parse_bytes
+from entprog.plan import CHECKPOINTED, parse_bytes
 from entprog.profiling import Profile, profile
 from entprog.strategy import Progressive
+
+SUMS = {"gain": 4, "grad_norm": 0}  # what a score keeps of all batches, in gradients: two sums, in float64
+MIXED = 3  # kinds of blocks whose checkpointing is tried in every mixture
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """How blocks are kept: what the weights of frozen ones are kept as (frozen.py), whether all are checkpointed."""
+    """How blocks are kept: what the weights of frozen ones are kept as (frozen.py), how they are checkpointed.
+
+    checkpointing: one row of CHECKPOINTS for all blocks, or name -> row.
+    """
 
     frozen_weights: str | None = None
-    checkpointing: bool = False
+    checkpointing: str | dict[str, str] = "none"
 
     def __str__(self) -> str:
         weights = (
             f"frozen weights kept as {self.frozen_weights}" if self.frozen_weights else "frozen weights as they are"
         )
-        return f"{weights}, {'with' if self.checkpointing else 'without'} checkpointing"
+        if isinstance(self.checkpointing, str):
+            return f"{weights}, {CHECKPOINTED[self.checkpointing]}"
+        counts = Counter(self.checkpointing.values())
+        return f"{weights}, checkpointing {', '.join(f'{way} of {n} blocks' for way, n in sorted(counts.items()))}"
 
 
 def already_checkpointed(model: nn.Module) -> bool:
@@ -69,12 +81,15 @@ class Budget:
         self.settings, self.samples = settings, samples
         self.first = blocks[0].name
         self.always, self.stem = map(tensor_bytes, outside)
+        self.adapted = {b.name for b in blocks if b.adapters}
+        self.always += tensor_bytes(p for b in blocks for p in b.adapters)
         self.sizes = {b.name: tensor_bytes(b.parameters()) for b in blocks}
         self.weights = tensor_bytes(model.parameters())
         self.already = already_checkpointed(model)
         self.parked = {p: parked_bytes(model, blocks, p) for p in ("cpu", settings.frozen_weights) if p}
         device = "cuda" if next(model.parameters()).is_cuda else "cpu"
         self.profile = _profiled(model, inputs, blocks, always, device)
+        self._steps: dict[str, dict[str, int]] = {}
         self.ratio = 1.0  # largest measured / predicted so far
         self._check(candidates)
 
@@ -95,27 +110,33 @@ class Budget:
         outside = self.always + (self.stem if stem else 0)
         return outside + sum(self.sizes[n] for n in active), "all" if stem else "always"
 
+    def _step(self, modes: Mapping[str, str], keeping: Keeping) -> dict[str, int]:
+        key = repr((sorted(modes.items()), keeping.checkpointing))
+        if key not in self._steps:
+            _, outside = self._trained(_active(modes))
+            modes = {n: "lora" if n in self.adapted and m != "train" else m for n, m in modes.items()}
+            self._steps[key] = self.profile.step(modes, outside=outside, checkpointing=keeping.checkpointing)
+        return self._steps[key]
+
     def recomputed(self, modes: Mapping[str, str], keeping: Keeping) -> int:
         """Bytes of the largest block that checkpointing runs again."""
-        _, outside = self._trained(_active(modes))
-        return self.profile.step(modes, outside=outside, checkpointing=keeping.checkpointing)["recompute"]
+        return self._step(modes, keeping)["recompute"]
 
     def training(self, modes: Mapping[str, str], keeping: Keeping) -> int:
         """Bytes of one training step: weights, gradients, two moments, activations, one recomputed block."""
-        active = _active(modes)
-        trained, outside = self._trained(active)
-        step = self.profile.step(modes, outside=outside, checkpointing=keeping.checkpointing)
+        active, step = _active(modes), self._step(modes, keeping)
+        trained, _ = self._trained(active)
         held = self.weight_bytes(active, keeping.frozen_weights)
         return held + 3 * trained + step["activations"] + step["recompute"]
 
     def one_sample(self) -> int:
         """Activations of one sample through all blocks, checkpointed, at most."""
-        step = self.profile.step({}, outside="all", checkpointing=True)
+        step = self.profile.step({}, outside="all", checkpointing="block")
         return -(-(step["activations"] + step["recompute"]) // self.samples)
 
     def streams(self) -> int:
         """What the blocks are given, of one sample: no smaller than their streams' gradients."""
-        return -(-self.profile.step({}, outside="all", checkpointing=True)["activations"] // self.samples)
+        return -(-self.profile.step({}, outside="all", checkpointing="block")["activations"] // self.samples)
 
     def fidelity(self, active: Sequence[str], keeping: Keeping) -> int:
         """Bytes of comparing two gradients of what trains on one sample, checkpointed; no optimizer state is there.
@@ -125,42 +146,74 @@ class Budget:
         held = self.weight_bytes(active, keeping.frozen_weights)
         return held + 2 * self._trained(active)[0] + self.one_sample() + self.streams()
 
-    def scoring(self, keeping: Keeping, group: int = 0, batches: int = 0) -> int:
-        """Bytes of scoring, sample by sample, gradients of `group` bytes of blocks kept of that many batches.
+    def scoring(self, keeping: Keeping, group: int = 0, sums: int = 0) -> int:
+        """Bytes of scoring, sample by sample, by gradients of `group` bytes of blocks and sums of theirs over batches.
 
         The group's weights, its gradient of one sample and its sum over samples come on top.
         """
-        gradients = (batches + 2 + (keeping.frozen_weights is not None)) * group
+        gradients = (sums + 2 + (keeping.frozen_weights is not None)) * group
         return self.weight_bytes((), keeping.frozen_weights) + gradients + self._trained(())[0] + self.one_sample()
 
     # -- what fits -----------------------------------------------------------------------------------------------------
 
     def options(self) -> list[Keeping]:
-        """Every way to keep blocks, the cheapest in time first; none changes what training computes unless asked to."""
+        """Ways to keep all blocks alike, the cheapest in time first; none changes a number unless asked to."""
         asked = self.settings.frozen_weights
-        steps = (True,) if self.already else (False, True)
-        return [Keeping(p, c) for p in ((asked,) if asked else (None, "cpu")) for c in steps]
+        ways = ("block",) if self.already else ("none", "parts", "block")
+        precisions = (asked,) if asked or self.adapted else (None, "cpu")  # adapters train beside frozen weights
+        return [Keeping(p, c) for p in precisions for c in ways]
 
     def choose(self, modes: Mapping[str, str]) -> Keeping | None:
-        """Return the first way in which training in some modes fits, None if it does in none."""
-        return self._first(self.options(), lambda k: self.training(modes, k))
+        """Return the cheapest way in which training in some modes fits, None if it does in none.
+
+        Each kind of block is checkpointed for itself: not, as a whole, or by parts where running one block again is
+        the peak. The fewest FLOPs decide; weights are streamed from the host where nothing else fits.
+        """
+        for precision in dict.fromkeys(k.frozen_weights for k in self.options()):
+            fitting = (k for k in self._by_kind(modes, precision) if self._fits(self.training(modes, k)))
+            if (found := min(fitting, key=lambda k: self._step(modes, k)["flops"], default=None)) is not None:
+                return found
+        return None
+
+    def _by_kind(self, modes: Mapping[str, str], precision: str | None) -> Iterator[Keeping]:
+        """Yield ways to checkpoint each kind of block that keeps something: alike, then every mixture of up to 3."""
+        alike = [k for k in self.options() if k.frozen_weights == precision]
+        for keeping in alike:
+            yield keeping
+            if keeping.checkpointing == "none" and self._fits(self.training(modes, keeping)):
+                return  # nothing is cheaper
+        kinds = self.profile.kinds()
+        kept = list(dict.fromkeys(k for n, k in kinds.items() if modes.get(n) not in ("bypass", "skip")))
+        if len(alike) < 2 or not 1 < len(kept) <= MIXED:
+            return
+        for ways in product(("none", "parts", "block"), repeat=len(kept)):
+            if len(set(ways)) > 1:
+                of = dict(zip(kept, ways, strict=True))
+                yield Keeping(precision, {n: of.get(k, "none") for n, k in kinds.items()})
+
+    def _fits(self, need: int) -> bool:
+        return need * self.ratio <= self.limit
+
+    def thriftiest(self, modes: Mapping[str, str]) -> Keeping:
+        """Return the way in which training in some modes needs least."""
+        return min(self.options(), key=lambda k: self.training(modes, k))
 
     def choose_for_fidelity(self, active: Sequence[str]) -> Keeping | None:
         """Return the first way in which fidelity can be measured."""
-        options = [k for k in self.options() if k.checkpointing]
+        options = [k for k in self.options() if k.checkpointing == "block"]
         return self._first(options, lambda k: self.fidelity(active, k))
 
-    def choose_for_scores(self, group: int = 0, batches: int = 0) -> Keeping | None:
+    def choose_for_scores(self, group: int = 0, sums: int = 0) -> Keeping | None:
         """Return the first way in which blocks can be scored; always with their own weights."""
-        options = [Keeping(None, True), Keeping("cpu", True)]
-        return self._first(options, lambda k: self.scoring(k, group, batches))
+        options = [Keeping(None, "block"), Keeping("cpu", "block")]
+        return self._first(options, lambda k: self.scoring(k, group, sums))
 
     def _first(self, options: Sequence[Keeping], need: Callable[[Keeping], int]) -> Keeping | None:
-        return next((k for k in options if need(k) * self.ratio <= self.limit), None)
+        return next((k for k in options if self._fits(need(k))), None)
 
-    def scores_kept(self, group: int = 0, batches: int = 0) -> Keeping:
+    def scores_kept(self, group: int = 0, sums: int = 0) -> Keeping:
         """Return how blocks are kept while they are scored. RuntimeError if no way fits what steps have measured."""
-        keeping = self.choose_for_scores(group, batches)
+        keeping = self.choose_for_scores(group, sums)
         if keeping is None:
             raise RuntimeError(
                 f"scoring does not fit {_gib(self.limit)} any more: steps held {self.ratio:.2f} times the predicted; "
@@ -168,37 +221,30 @@ class Budget:
             )
         return keeping
 
-    def groups(self, blocks: Sequence[Block], batches: int) -> tuple[Keeping, list[list[Block]], int]:
-        """Return (how blocks are kept, groups of them whose gradients fit together, number of batches) for a score.
-
-        batches: how many of whose gradients are to be held at once; fewer, at least 2, where a single block needs it.
-        """
-        largest = max(self.sizes[b.name] for b in blocks)
-        while batches > 2 and self.choose_for_scores(largest, batches) is None:
-            batches -= 1
-        keeping = self.scores_kept(largest, batches)
+    def groups(self, blocks: Sequence[Block], sums: int) -> tuple[Keeping, list[list[Block]]]:
+        """Return (how blocks are kept, groups of them whose gradients fit together, with sums of them) for a score."""
+        keeping = self.scores_kept(max(self.sizes[b.name] for b in blocks), sums)
         groups: list[list[Block]] = [[]]
         for block in blocks:
             if groups[-1]:
                 size = sum(self.sizes[b.name] for b in (*groups[-1], block))
-                if self.scoring(keeping, size, batches) * self.ratio > self.limit:
+                if not self._fits(self.scoring(keeping, size, sums)):
                     groups.append([])
             groups[-1].append(block)
-        return keeping, groups, batches
+        return keeping, groups
 
     def _check(self, candidates: Sequence[str]) -> None:
         """Refuse a budget in which the costliest single block cannot train, or nothing be scored."""
         largest = max(candidates, key=lambda n: self.sizes[n])
         modes = dict.fromkeys(self.sizes, "pass") | {largest: "train"}
-        held = {"gain": 2, "grad_norm": 0}  # batches whose gradients are held at once, at least
-        scored = [held[p] for p in (self.settings.priority, *self.settings.also_score) if p in held]
-        group, batches = (max(self.sizes.values()), max(scored)) if scored else (0, 0)
+        scored = [SUMS[p] for p in (self.settings.priority, *self.settings.also_score) if p in SUMS]
+        group, sums = (max(self.sizes.values()), max(scored)) if scored else (0, 0)
         needs = [
             min((self.training(modes, k), f"training one block, {k}") for k in self.options()),
-            min((self.scoring(Keeping(p, True), group, batches), "scoring") for p in (None, "cpu")),
+            min((self.scoring(Keeping(p, "block"), group, sums), "scoring") for p in (None, "cpu")),
         ]
-        if self.settings.frozen == "bypass":
-            ways = [k for k in self.options() if k.checkpointing]
+        if self.settings.frozen != "pass":
+            ways = [k for k in self.options() if k.checkpointing == "block"]
             needs.append(min((self.fidelity([largest], k), f"measuring fidelity, {k}") for k in ways))
         least, what = max(needs)
         if least > self.limit:
@@ -211,8 +257,6 @@ class Budget:
 
 def refuse(model: nn.Module, settings: Progressive) -> None:
     """Raise ValueError for what no budget can be kept with."""
-    if settings.adapters:
-        raise ValueError("max_memory does not know adapters, which train in frozen blocks: leave one of them out")
     if settings.optimizer_state == "keep":
         raise ValueError(
             "optimizer_state='keep' lets the state of blocks that no longer train grow beyond any max_memory: choose "

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from entprog import parallel
+from entprog.attention import attention_modules, call_detached, self_attention
 from entprog.blocks import Block, by_name, evaluating
-from entprog.modes import LossFn, Predict, preserved, running, set_active, skip
+from entprog.modes import LossFn, Predict, plain_forward, preserved, running, set_active, skip
 from entprog.probe import Arguments
 
 
@@ -85,7 +87,7 @@ def _fidelities(
                 p.grad = grad
         return grads
 
-    with detours(blocks) as own:
+    with detours(blocks, mode) as own:
         exact = measured([])
     errors = parallel.from_rank_0(model, own)  # every rank has seen batches of its own
 
@@ -105,13 +107,15 @@ def _fidelities(
 
 
 @contextmanager
-def detours(blocks: Sequence[Block]) -> Iterator[dict[str, float]]:
+def detours(blocks: Sequence[Block], mode: str = "bypass") -> Iterator[dict[str, float]]:
     """Measure, in backward passes inside, what bypassing each block alone would do to the gradient it passes on.
 
         error_b = |g_x - g_around|^2 / |g_x|^2
 
     g_x is the gradient of the block's stream through the block, g_around that of what is left without its branch (for
-    most blocks the gradient of its output). Comes free with an exact backward pass; the dict is filled at the end. A
+    most blocks the gradient of its output), or with mode="bypass_attn" of the block with its self-attention cut. The
+    first comes free with an exact backward pass, the other costs two forward passes and a backward pass of the blocks
+    more, one block at a time; the dict is filled at the end. A
     block that no gradient passes has error 0: nothing is lost. Blocks have to be verified. Compiled blocks run as
     they are written meanwhile: graphs for these hooks would never be used again.
     """
@@ -120,7 +124,7 @@ def detours(blocks: Sequence[Block]) -> Iterator[dict[str, float]]:
     handles = []
     for block in blocks:
         handles.append(block.module.register_forward_pre_hook(partial(_enter_detour, block), with_kwargs=True))
-        leave = partial(_leave_detour, block, sums[block.name])
+        leave = partial(_leave_detour, block, sums[block.name], mode)
         handles.append(block.module.register_forward_hook(leave, with_kwargs=True))
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -150,7 +154,21 @@ def _enter_detour(block: Block, module: nn.Module, args: Any, kwargs: Any) -> An
     return _swapped((args, kwargs), streams, [x.view_as(x) for x in streams])
 
 
-def _leave_detour(block: Block, sums: list[float], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def _around(block: Block, mode: str, module: nn.Module, args: Any, kwargs: Any) -> list[Any]:
+    """Return the block's outputs as a mode's gradient sees them, without keeping more than what the block is given."""
+    assert block.outputs is not None
+    if mode != "bypass_attn":
+        return block.outputs.bases(Arguments(module, args, kwargs))
+    call = plain_forward(module)
+    if block.attention is None:
+        block.attention = self_attention(block, partial(call, *args, **kwargs)) if attention_modules(module) else ()
+    parts = [module.get_submodule(name) for name in block.attention]
+    return block.outputs.unpack(checkpoint(call_detached, parts, call, *args, use_reentrant=False, **kwargs))
+
+
+def _leave_detour(
+    block: Block, sums: list[float], mode: str, module: nn.Module, args: Any, kwargs: Any, output: Any
+) -> None:
     streams = _streams(block, module, args, kwargs)
     if block.outputs is None or not streams:
         return
@@ -158,11 +176,12 @@ def _leave_detour(block: Block, sums: list[float], module: nn.Module, args: Any,
         sums[:] = [1.0, 1.0]  # its weights are gone by now: not measured, taken for a bad one
         return
     leaves = [x.detach().requires_grad_() for x in streams]
-    bases = block.outputs.bases(Arguments(module, *_swapped((args, kwargs), streams, leaves)))
+    bases = _around(block, mode, module, *_swapped((args, kwargs), streams, leaves))
     around = [torch.zeros_like(x) for x in leaves]
 
     def arrived(base: Tensor, grad: Tensor) -> None:
-        for i, part in enumerate(torch.autograd.grad(base, leaves, grad, allow_unused=True)):
+        several = len(bases) > 1  # outputs of one graph
+        for i, part in enumerate(torch.autograd.grad(base, leaves, grad, allow_unused=True, retain_graph=several)):
             if part is not None:
                 around[i] = around[i] + part
 
@@ -190,18 +209,21 @@ def choose_bypass(
     min_new_fidelity: float = 0.0,
     skipped: Iterable[Any] = (),
     mode: str = "bypass",
+    among: Iterable[Any] | None = None,
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Choose the largest set of frozen blocks to bypass whose fidelity is high enough.
 
     That is a cosine of at least `min_fidelity` for the trainable blocks and `min_new_fidelity` for what trains outside
     blocks. `order` lists names, first to be bypassed first; by default those whose bypass alone changes least the
-    gradient they pass on (`detours`), which is measured with the exact gradients. The set is a beginning of it, its
+    gradient they pass on (`detours`), which is measured with the exact gradients. `among`: the only blocks that may
+    be bypassed, by default all. The set is a beginning of it, its
     size found by bisection, so a curve that dips and recovers is cut at the first dip it meets. Returns (names, the
     measured points of the curve: {"size", "cosine", "norm_ratio", "new_modules_cosine"}).
     """
     blocks = list(blocks)
     trained, out = by_name(blocks, active), by_name(blocks, skipped)
     frozen = {b.name for b in blocks} - {b.name for b in trained + out}
+    frozen &= {b.name for b in by_name(blocks, among)} if among is not None else frozen
     candidates = [n for n in (order if order is not None else (b.name for b in blocks)) if n in frozen]
     if not candidates or not trained or min_fidelity >= 1:
         return [], []

@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from entprog.attention import patched
 from entprog.blocks import Block, by_name
-from entprog.modes import Checkpoint, set_checkpoint
+from entprog.meta import storage_of
+from entprog.modes import Checkpoint, plain_forward, set_checkpoint
 from entprog.probe import forked_rng
 
 SMALLEST_PART = 0.1  # of what the block keeps; less is not worth a segment of its own
@@ -39,7 +40,7 @@ def _parts(
     call: Callable[..., Any], block: Block, module: nn.Module, cut: Sequence[nn.Module], args: Any, kwargs: Any
 ) -> Any:
     if block.segments is None:
-        block.segments = segments(module, call, args, kwargs)
+        block.segments = segments(module, plain_forward(module), args, kwargs)
     inside = {id(m) for part in cut for m in part.modules()}
     chosen = [m for name in block.segments if id(m := module.get_submodule(name)) not in inside]
     torn = any(part in list(m.modules()) for part in cut for m in chosen)  # would run again outside what cuts it
@@ -91,10 +92,11 @@ def checkpoint_blocks(
         set_checkpoint(block, CHECKPOINTS[ways.get(block.name, "none")])
 
 
-def checkpointed(blocks: Iterable[Block]) -> list[str]:
-    """Return the names of the blocks that run again in backward where they have to."""
+def checkpointed(blocks: Iterable[Block]) -> dict[str, str]:
+    """Return how the blocks run again in backward that have to, name -> "block" or "parts"."""
     runs = ((b.name, vars(b.module).get("_entprog_run")) for b in blocks)
-    return [name for name, run in runs if run is not None and run.checkpoint is not None]
+    names = {way: name for name, way in CHECKPOINTS.items()}
+    return {name: names[run.checkpoint] for name, run in runs if run is not None and run.checkpoint is not None}
 
 
 class _Saved:
@@ -109,9 +111,10 @@ class _Saved:
 def segments(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str, ...]:
     """Name the parts of a block that keep most for backward, by one call more whose graph is thrown away.
 
-    A part is worth a segment where it keeps at least SMALLEST_PART of the block's bytes beyond its own input, which a
-    checkpoint keeps too. One that keeps more than half of all gives way to its own parts, if several are worth it (a
-    UNet's unit around its transformer block). Empty where no part is worth it.
+    They are those of a block that trains, in whatever mode it runs first. A part is worth a segment where it keeps at
+    least SMALLEST_PART of the block's bytes beyond its own input, which a checkpoint keeps too. One that keeps more
+    than half of all gives way to its own parts, if several are worth it (a UNet's unit around its transformer block).
+    Empty where no part is worth it.
     """
     kept, parents = _kept(module, call, args, kwargs)
     total = max(1, kept[""])
@@ -132,7 +135,8 @@ def _kept(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -
     parents: dict[str, str] = {}
     inputs: dict[str, int] = {}
     held: weakref.WeakSet[_Saved] = weakref.WeakSet()
-    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    required = [(p, p.requires_grad) for p in module.parameters() if p.is_floating_point()]
+    weights = {storage_of(p) for p in module.parameters()}
 
     def pack(tensor: Tensor) -> _Saved:
         saved = _Saved(tensor, tuple(running))
@@ -154,9 +158,11 @@ def _kept(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -
             handles.append(part.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
             handles.append(part.register_forward_hook(partial(leave, name), always_call=True))
     try:
+        for p, _ in required:
+            p.requires_grad_(True)
         with torch.enable_grad(), forked_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda s: s.tensor):
             output = call(*tree_map(_leaf, args), **tree_map(_leaf, kwargs))
-            tensors = [s for s in held if s.tensor.untyped_storage().data_ptr() not in weights]
+            tensors = [s for s in held if storage_of(s.tensor) not in weights]
             kept = {"": _storage_bytes(s.tensor for s in tensors)}
             for name in parents:
                 kept[name] = _storage_bytes(s.tensor for s in tensors if name in s.running) - inputs[name]
@@ -164,12 +170,14 @@ def _kept(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -
     finally:
         for handle in handles:
             handle.remove()
+        for p, needs in required:
+            p.requires_grad_(needs)
     return kept, parents
 
 
 def _leaf(value: Any) -> Any:
-    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+    return value.detach().requires_grad_(value.is_floating_point()) if isinstance(value, Tensor) else value
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({storage_of(t): t.untyped_storage().nbytes() for t in tensors}.values())

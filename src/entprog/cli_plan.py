@@ -16,7 +16,7 @@ def _plan(args: argparse.Namespace) -> None:
         raise ValueError(f"--frames, --height, --width are {size}: give all three or none")
     planned = plan(
         args.model, size if all(size) else None, batch=args.batch, optimizer=args.optimizer, master=not args.no_master,
-        checkpointing={"on": True, "off": False, "both": None}[args.checkpointing], lora_rank=args.lora_rank,
+        checkpointing=None if args.checkpointing == "all" else args.checkpointing, lora_rank=args.lora_rank,
         rate=args.rate * 1e12 if args.rate else None, seconds_per_step=args.seconds_per_step, device=args.device,
     )  # fmt: skip
     best = planned.best(memory) if memory else None
@@ -38,12 +38,12 @@ def add_plan(commands: Any) -> None:
     plan.add_argument("--batch", type=int, default=1)
     plan.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw")
     plan.add_argument("--no-master", action="store_true", help="no float32 copy of the bf16 weights that train")
-    plan.add_argument("--checkpointing", choices=("on", "off", "both"), default="both")
+    plan.add_argument("--checkpointing", choices=("block", "parts", "none", "all"), default="all")
     plan.add_argument("--lora-rank", type=int, default=64)
     plan.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="whose kernels (default: %(default)s)")
     plan.add_argument("--memory", metavar="24GiB", help="what is there: marks what fits, names the best")
     speed = plan.add_mutually_exclusive_group()
     speed.add_argument("--rate", type=float, metavar="TFLOPS", help="sustained, for hours")
-    speed.add_argument("--seconds-per-step", type=float, help="of full training (with checkpointing unless off)")
+    speed.add_argument("--seconds-per-step", type=float, help="of full training (with checkpointing unless none)")
     plan.add_argument("--json", action="store_true", help="everything as JSON")
     plan.set_defaults(function=_plan)

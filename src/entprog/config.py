@@ -80,7 +80,7 @@ class RunConfig:
     joint_dropout: float = 0.0  # of all conditions at once
     person_weight: float = 1.0  # of the loss where a person is, the background having 1; needs prepared data
     face_weight: float = 1.0  # where a face is, times as much again as the rest of the person
-    ema_decay: float = 0.0  # 0: no average is kept
+    ema_decay: float = 0.0  # 0: no average is kept; with max_memory it lies in the host's memory
     # YAML reads a bare no as False
     mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
     seed: int = 0
@@ -122,9 +122,6 @@ class RunConfig:
                 f"max_memory chooses which blocks train, and {self.strategy!r} trains the same ones throughout: "
                 f"choose strategy one of {[n for n, make in STRATEGIES.items() if make() is not None]}, or leave it out"
             )
-        if self.ema_decay:
-            raise ValueError(f"ema_decay {self.ema_decay} keeps a copy of what trained, which max_memory "
-                             "does not count: leave one of them out")  # fmt: skip
 
     def progressive(self) -> Progressive | None:
         """Return the strategy's setting with this run's one-word changes, None for strategies without one."""

@@ -4,6 +4,8 @@ diffusers' EMAModel copies the raw weight over the average of every parameter th
 the average of blocks that come and go.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +13,14 @@ from entprog.frozen import set_value, value_of
 
 
 class Ema:
-    """Average of the parameters that have ever trained, updated only on steps they train."""
+    """Average of the parameters that have ever trained, updated only on steps they train.
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    host: the averages lie in the host's memory, so that they take none of a memory budget; each step then copies there
+    what trains.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, host: bool = False) -> None:
+        self.host = host
         self.names = {p: n for n, p in model.named_parameters()}
         self.decay = decay
         self.average: dict[str, Tensor] = {}
@@ -26,10 +33,18 @@ class Ema:
             if not p.requires_grad or not self.decay:
                 continue
             if name not in self.average:
-                self.average[name], self.updates[name] = p.detach().clone(), 0
+                self.average[name], self.updates[name] = self._copy(p), 0
             self.updates[name] += 1
             n = self.updates[name]
-            self.average[name].lerp_(p, 1 - min(self.decay, (1 + n) / (10 + n)))
+            now = p.to(self.average[name].device)
+            self.average[name].lerp_(now, 1 - min(self.decay, (1 + n) / (10 + n)))
+
+    def _copy(self, value: Tensor) -> Tensor:
+        return value.detach().to("cpu" if self.host else value.device, copy=True)
+
+    def load(self, averages: Mapping[str, Tensor]) -> None:
+        """Take over averages by name, as `average` holds them."""
+        self.average = {name: self._copy(value) for name, value in averages.items()}
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -37,5 +52,5 @@ class Ema:
         for p, name in self.names.items():
             if name in self.average:
                 held = value_of(p).detach().clone()
-                set_value(p, self.average[name])
+                set_value(p, self.average[name].to(p.device))
                 self.average[name].copy_(held)

@@ -6,8 +6,8 @@ autograd keeps for backward; on CUDA the allocator's own peak. FLOPs count multi
 
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,19 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from entprog import parallel
-from entprog.attention import attention_modules, observing
-from entprog.blocks import Block, evaluating, forked_rng
+from entprog.blocks import evaluating, forked_rng
 from entprog.frozen import weight_bytes
-from entprog.meta import saved
-from entprog.modes import LossFn, running
+from entprog.meta import Flops, saved
+from entprog.modes import LossFn
 
 # What the ledger tells apart; the first four are a training run's net time.
 NET = ("training", "scoring", "search", "data")
 KINDS = (*NET, "held_out", "checkpoint", "sampling")
-MODEL_CLOCK_FLOPS = 1e10  # FLOPs that `clock: model` takes for one second
 
 
 def best_device() -> torch.device:
@@ -168,94 +165,10 @@ def moments_to_come(trained: Sequence[nn.Parameter], optimizer: torch.optim.Opti
 
 
 def count_flops(function: Callable[[], Any]) -> int:
-    """Run a function and return the FLOPs of its matrix products, attention and convolutions."""
-    with FlopCounterMode(display=False) as counter:
+    """Run a function and return the FLOPs of its matrix products, attention and convolutions, on any device."""
+    with Flops() as counter:
         function()
-    return counter.get_total_flops()
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """FLOPs of one training step for any set of modes, from one counted forward pass.
-
-    forward F_b of each block, A_b of the self-attention in it, F_rest of everything else; a training step costs, where
-    linear layers dominate,
-
-        2 F_rest + sum over blocks of  F_b * {train: 3, pass: 2, prefix: 1, bypass: 1, skip: 0} + F_rest
-
-    and 2 F_b - A_b for a block in bypass_attn. `pass` blocks in front of everything trainable cost 1, as `prefix`. A
-    checkpointed block runs once more where gradients reach it.
-    """
-
-    blocks: dict[str, int]
-    rest: int
-    samples: int = 1  # of the pass that was counted
-    attention: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def measure(
-        cls, model: nn.Module, blocks: Sequence[Block], forward: Callable[[], Any], samples: int = 1
-    ) -> "StepCost":
-        """Count one forward pass of some samples in eval mode, block by block."""
-        counter = FlopCounterMode(display=False)
-        spent = {b.name: [0] for b in blocks}
-        inside = {b.name: {n: [0] for n in attention_modules(b.module)} for b in blocks}
-        with ExitStack() as stack:
-            observed = {b.name: stack.enter_context(observing(b.module)) for b in blocks}
-            for block in blocks:
-                stack.enter_context(_counting(counter, block.module, spent[block.name]))
-                for name, flops in inside[block.name].items():
-                    stack.enter_context(_counting(counter, block.module.get_submodule(name), flops))
-            with evaluating(model), running(blocks, "train"), forked_rng(0), counter:
-                forward()
-            total = counter.get_total_flops()
-        of_blocks = {name: found[0] for name, found in spent.items()}
-        attention = {b.name: sum(inside[b.name][n][0] for n in observed[b.name]()) for b in blocks}
-        return cls(of_blocks, total - sum(of_blocks.values()), samples, {n: f for n, f in attention.items() if f})
-
-    def step(self, modes: Mapping[str, str], upstream_trains: bool = True, checkpointed: Collection[str] = ()) -> int:
-        """Return the FLOPs of a step with each block in a mode; `upstream_trains`: something before block 0 trains.
-
-        ValueError for bypass_attn in a block whose self-attention was not counted.
-        """
-        total, reached = 3 * self.rest, upstream_trains
-        for name, flops in self.blocks.items():
-            mode = modes.get(name, "train")
-            reached = reached or mode == "train"
-            if mode == "bypass_attn" and name not in self.attention:
-                raise ValueError(f"block {name} has no self-attention that was counted: choose another mode for it")
-            passes = 2 if reached else 1
-            total += flops * {"train": 3, "bypass": 1, "skip": 0}.get(mode, passes)
-            total -= self.attention[name] if mode == "bypass_attn" and reached else 0
-            total += flops if name in checkpointed and reached and mode not in ("bypass", "skip") else 0
-        return total
-
-    def forward(self, modes: Mapping[str, str]) -> int:
-        """Return the FLOPs of a forward pass, without the blocks that do not run."""
-        return self.rest + sum(f for n, f in self.blocks.items() if modes.get(n) not in ("skip", "replay"))
-
-    def seconds(
-        self, modes: Mapping[str, str], upstream_trains: bool = True, checkpointed: Collection[str] = ()
-    ) -> float:
-        """Return what `clock: model` takes for the step's time."""
-        return self.step(modes, upstream_trains, checkpointed) / MODEL_CLOCK_FLOPS
-
-
-@contextmanager
-def _counting(counter: FlopCounterMode, module: nn.Module, spent: list[int]) -> Iterator[None]:
-    """Add the FLOPs of each call of a module to spent[0]."""
-    entered: list[int] = []
-    handles = [
-        module.register_forward_pre_hook(lambda m, args: entered.append(counter.get_total_flops())),
-        module.register_forward_hook(
-            lambda m, args, output: spent.__setitem__(0, spent[0] + counter.get_total_flops() - entered.pop())
-        ),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return counter.total
 
 
 def held_out_losses(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> Tensor:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from entprog import parallel
-from entprog.blocks import forked_rng
-from entprog.budget import Keeping
+from entprog.blocks import forked_rng, record_example
+from entprog.budget import Budget, Keeping
 from entprog.checkpointing import checkpoint_blocks
 from entprog.frozen import settle_weights
 from entprog.measure import moments_to_come, saved_bytes, tensor_bytes, training_bytes
 from entprog.modes import set_active, set_mode
 from entprog.optim import settle_optimizer
+from entprog.priority import samples
 from entprog.schedule import PERIODS, Candidate, rotated
 
 if TYPE_CHECKING:
@@ -28,17 +29,35 @@ def apply(prog: "EntProg", modes: Mapping[str, str], keeping: Keeping) -> None:
     """Set what trains, every block's mode, and how all of it is kept."""
     active = [n for n, m in modes.items() if m == "train"]
     set_active(prog.blocks, active, frozen={n: m for n, m in modes.items() if m != "train"})
-    reached = {"always": True, "never": False, "late": prog.blocks[0].name in active}[prog.settings.stem]
+    trains = reached(prog, modes)
     for p in prog.stem:
-        p.requires_grad_(reached)
-        if not reached:
+        p.requires_grad_(trains)
+        if not trains:
             p.grad = None
     prog.modes, prog.keeping, prog.stepping = dict(modes), keeping, True
     if prog.budget is not None and not prog.budget.already:
-        checkpoint_blocks(prog.blocks, "block" if keeping.checkpointing else "none")
+        checkpoint_blocks(prog.blocks, keeping.checkpointing)
     if prog.budget is not None or prog.settings.frozen_weights:
         settle_weights(prog.model, prog.blocks, keeping.frozen_weights)
     settle_state(prog)
+
+
+def reached(prog: "EntProg", modes: Mapping[str, str]) -> bool:
+    """Return whether what lies outside blocks trains in some modes, besides the head and what is new."""
+    return {"always": True, "never": False, "late": modes.get(prog.blocks[0].name) == "train"}[prog.settings.stem]
+
+
+def outside(prog: "EntProg", modes: Mapping[str, str]) -> str:
+    """Return what trains outside blocks in some modes, in the words of cost.OUTSIDE."""
+    if prog.stem and reached(prog, modes):
+        return "all"
+    return "always" if prog.always else "none"
+
+
+def with_adapters(prog: "EntProg", modes: Mapping[str, str]) -> dict[str, str]:
+    """Return the modes with "lora" for frozen blocks whose adapters train."""
+    adapted = {b.name for b in prog.blocks if b.adapters}
+    return {n: "lora" if n in adapted and m != "train" else m for n, m in modes.items()}
 
 
 def settle_state(prog: "EntProg") -> None:
@@ -60,7 +79,8 @@ def measuring(prog: "EntProg", modes: Mapping[str, str], keeping: Keeping) -> No
     prog.optimizer_state = state
     prog.stepping = False
     if prog.optimizer is not None:
-        settle_optimizer(prog.optimizer, prog.always + prog.stem + [p for b in prog.blocks for p in b.parameters()])
+        inside = [p for b in prog.blocks for p in (*b.parameters(), *b.adapters)]
+        settle_optimizer(prog.optimizer, prog.always + prog.stem + inside)
 
 
 def held(prog: "EntProg", activations: int) -> int:
@@ -75,6 +95,18 @@ def held(prog: "EntProg", activations: int) -> int:
 
 
 # -- the budget --------------------------------------------------------------------------------------------------------
+
+
+def budget_of(prog: "EntProg", max_memory: str | int | float) -> Budget:
+    """Return the budget of a run that has just been set up, for batches like those it scores on."""
+    with forked_rng(0):
+        batch = next(iter(prog.score_batches()))
+    inputs = record_example(prog.model, lambda: prog.loss_fn(prog.model, batch))
+    outside = (prog.always, prog.stem)
+    return Budget(
+        max_memory, prog.model, prog.blocks, prog.candidates, outside, inputs, len(samples(batch)), prog.settings,
+        prog.new,
+    )  # fmt: skip
 
 
 def fits(prog: "EntProg", candidate: Candidate) -> bool:
@@ -99,7 +131,7 @@ def kept(prog: "EntProg", modes: Mapping[str, str]) -> Keeping:
     """Return how blocks are kept in some modes: the first way that fits, or the thriftiest."""
     if prog.budget is None:
         return Keeping(prog.settings.frozen_weights)
-    return prog.budget.choose(modes) or prog.budget.options()[-1]
+    return prog.budget.choose(modes) or prog.budget.thriftiest(modes)
 
 
 def largest(prog: "EntProg", candidate: Candidate) -> Candidate:
@@ -175,7 +207,7 @@ def within_fidelity(prog: "EntProg", candidate: Candidate) -> Iterator[None]:
         yield
         return
     active, _ = prog.sets(candidate)
-    keeping = prog.budget.choose_for_fidelity(active) or Keeping(prog.budget.options()[-1].frozen_weights, True)
+    keeping = prog.budget.choose_for_fidelity(active) or Keeping(prog.budget.options()[-1].frozen_weights, "block")
     measuring(prog, {b.name: "train" if b.name in active else "pass" for b in prog.blocks}, keeping)
     exact = tensor_bytes(p for p in prog.model.parameters() if p.requires_grad)
     prog.held_bytes = exact + prog.budget.streams()  # and gradients of the streams around single blocks

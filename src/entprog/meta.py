@@ -6,9 +6,11 @@ would save what it saves on a CPU. `as_on` puts the fused kernels of the device 
 
 import copy
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from entprog import parallel
 
 DEVICES = ("cuda", "cpu")
 
@@ -118,17 +122,39 @@ _FLOPS = {
 
 
 class Flops(TorchDispatchMode):
-    """Count as torch's FlopCounterMode does, without its table per module, which takes most of the time."""
+    """Count as torch's FlopCounterMode does, without its table per module, which takes most of the time.
+
+    `attention` is the part of `total` that fused attention kernels do.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.total = self.attention = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if count := _FLOPS.get(func._overloadpacket):
-            self.total += count(*args, **(kwargs or {}), out_val=out)
+            flops = count(*args, **(kwargs or {}), out_val=out)
+            self.total += flops
+            self.attention += flops if "scaled_dot_product" in func.__name__ else 0
         return out
+
+
+def _without_hooks(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Let copies of a model leave out the hooks of its modules, and be of the classes there were before FSDP2's.
+
+    Hooks of several processes' gradients cannot be copied, and a copy on the meta device has nothing to send.
+    """
+    sharded = [m for m in model.modules() if parallel.is_sharded(m)]
+    for m in model.modules():
+        for name, value in vars(m).items():
+            if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
+                memo[id(value)] = OrderedDict()
+    for m in sharded:
+        memo[id(m)] = object.__new__(type(m).__mro__[2])  # fully_shard puts two classes in front
+    for m in sharded:
+        own = {k: v for k, v in vars(m).items() if k != "_entprog_aside" and not k.startswith("__composable")}
+        vars(memo[id(m)]).update({k: copy.deepcopy(v, memo) for k, v in own.items()})
 
 
 def to_meta(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -138,13 +164,20 @@ def to_meta(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    together = parallel.takes_part(model)
     for name, p in model.named_parameters():
         wanted = dtype if dtype is not None and p.is_floating_point() else p.dtype
         if dtype not in (None, torch.float32) and any(part in name.split(".") for part in kept):
             wanted = torch.float32
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta", dtype=wanted), p.requires_grad)
+        if hasattr(p, "full_tensor"):  # sharded: its whole shape
+            empty = torch.empty(p.shape, device="meta", dtype=wanted)
+        else:
+            empty = torch.empty_like(p, device="meta", dtype=wanted)
+        memo[id(p)] = nn.Parameter(empty, p.requires_grad)
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
+    if together:
+        _without_hooks(model, memo)
     return copy.deepcopy(model, memo)
 
 
@@ -165,13 +198,14 @@ def meta_inputs(inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> 
 class BlockCost:
     """One block run one way: FLOPs, and what it keeps for backward.
 
-    own: bytes of storages made inside. arguments, outputs: positions of those whose storages it keeps too.
-    returned: the outputs, to be made again by `again`.
+    own: bytes of storages made inside. arguments, outputs: positions of those whose storages it keeps too. largest:
+    bytes of what one of its parts keeps that were made in it. returned: the outputs, to be made again by `again`.
     """
 
     forward: int
     backward: int
     own: int
+    largest: int
     arguments: frozenset[int]
     outputs: frozenset[int]
     returned: tuple[Any, Any] = field(repr=False)  # leaves, their tree
@@ -234,11 +268,16 @@ def saved(gap: Callable[[], int] = lambda: 0) -> Iterator["weakref.WeakSet[Holde
 
 
 def block_cost(
-    module: nn.Module, call: Call, pattern: Sequence[bool], device: str, forward_of: Callable[..., Any]
+    module: nn.Module,
+    call: Call,
+    pattern: Sequence[bool],
+    device: str,
+    forward_of: Callable[..., Any],
+    parts: Sequence[str] = (),
 ) -> BlockCost:
     """Run a block by `forward_of` and backward on the meta device, its parameters' requires_grad as it is.
 
-    `pattern`: for each leaf of the arguments, whether it requires a gradient.
+    `pattern`: for each leaf of the arguments, whether it requires a gradient. `parts`: names of modules inside.
     """
     with torch.enable_grad():
         leaves = [
@@ -249,9 +288,10 @@ def block_cost(
     given = {storage_of(v): i for i, v in reversed(list(enumerate(leaves))) if isinstance(v, Tensor)}
     weights = {storage_of(p) for p in module.parameters()}
     with torch.enable_grad(), as_on(device), Flops() as counter:
-        with saved() as held:
+        with _inside(module, parts) as (running, inputs), saved(lambda: running[-1]) as held:
             returned = forward_of(*args, **kwargs)
             kept = {storage_of(h.tensor): h.tensor.untyped_storage().nbytes() for h in held}
+            ours = {i: {storage_of(h.tensor) for h in held if h.gap == i} for i in inputs}
         forward = counter.total
         outputs = tensors_of(returned)
         made = {storage_of(v): i for i, v in reversed(list(enumerate(outputs))) if storage_of(v) not in given}
@@ -264,10 +304,32 @@ def block_cost(
     own = sum(size for s, size in kept.items() if s not in given and s not in made)
     values, tree = tree_flatten(returned)
     recipes = [_remade(v, given, made) if isinstance(v, Tensor) else v for v in values]
+    largest = max((sum(kept.get(s, 0) for s in ours[i] - inputs[i] - given.keys()) for i in inputs), default=0)
     return BlockCost(
-        forward, backward, own, frozenset(given[s] for s in kept if s in given),
+        forward, backward, own, largest, frozenset(given[s] for s in kept if s in given),
         frozenset(made[s] for s in kept if s in made), (recipes, tree),
     )  # fmt: skip
+
+
+@contextmanager
+def _inside(module: nn.Module, parts: Sequence[str]) -> Iterator[tuple[list[int], dict[int, set[int]]]]:
+    """Yield the numbers of the parts that run, 0 below them all, and the storages each one was given, by number."""
+    running, inputs = [0], dict[int, set[int]]()
+
+    def enter(number: int, part: nn.Module, args: Any, kwargs: Any) -> None:
+        running.append(number)
+        inputs.setdefault(number, set()).update(storage_of(v) for v in tensors_of((args, kwargs)))
+
+    handles = []
+    for number, name in enumerate(parts, 1):
+        part = module.get_submodule(name)
+        handles.append(part.register_forward_pre_hook(partial(enter, number), with_kwargs=True))
+        handles.append(part.register_forward_hook(lambda *_: (running.pop(), None)[1], always_call=True))
+    try:
+        yield running, inputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

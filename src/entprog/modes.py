@@ -15,6 +15,7 @@ bypassed block gets its gradient through the stream only, not through conditioni
 bypass_attn it gets all but what reaches the self-attention.
 """
 
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_leaves
 
 from entprog import parallel
@@ -68,7 +70,7 @@ class _Run:
 
 def _normal(module: nn.Module, run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any], cut: Any = ()) -> Any:
     """Run the block; the modules in `cut` without autograd, and all checkpointed if it is set so and has to."""
-    call: Callable[..., Any] = run.original or types.MethodType(type(module).forward, module)
+    call = run.original or types.MethodType(type(module).forward, module)
     if cut:
         call = partial(call_detached, cut, call)
     if run.checkpoint is None or not torch.is_grad_enabled() or not _keeps(module, args, kwargs):
@@ -76,6 +78,12 @@ def _normal(module: nn.Module, run: _Run, args: tuple[Any, ...], kwargs: dict[st
     if _verified(module, run, args, kwargs).reads:  # run again, it would read what is there by then
         return call(*args, **kwargs)
     return run.checkpoint(call, run.block, module, cut, args, kwargs)
+
+
+def plain_forward(module: nn.Module) -> Callable[..., Any]:
+    """Return the forward of a block's module as it is without any mode or checkpoint of ours."""
+    run: _Run | None = vars(module).get("_entprog_run")
+    return module.forward if run is None else run.original or types.MethodType(type(module).forward, module)
 
 
 def _trains(module: nn.Module) -> bool:
@@ -176,8 +184,26 @@ def _verified(module: nn.Module, run: _Run, args: tuple[Any, ...], kwargs: dict[
     return run.block.outputs
 
 
+def _inside_function() -> bool:
+    """Whether we are called from the forward of a torch.autograd.Function: what reentrant checkpointing is."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and isinstance(frame.f_locals.get(code.co_varnames[0]), FunctionCtx):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     run: _Run = self._entprog_run  # type: ignore[assignment]
+    if run.mode in ("skip", "bypass", "bypass_attn") and not torch.is_grad_enabled() and _inside_function():
+        raise ValueError(
+            f"block {run.block.name} runs in mode {run.mode!r} under reentrant gradient checkpointing: it would run "
+            "again in backward, in whatever mode it has by then, and gradients would be wrong or missing. Use the "
+            "non-reentrant form: model.enable_gradient_checkpointing() of diffusers, or checkpoint(..., "
+            "use_reentrant=False)"
+        )
     return (MODES.get(run.mode) or _INTERNAL[run.mode])(self, run, args, kwargs)
 
 

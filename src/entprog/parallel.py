@@ -43,9 +43,14 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "set_reshard_after_forward")
 
 
+def takes_part(model: nn.Module) -> bool:
+    """Return whether the model was given to `data_parallel` or to FSDP2."""
+    return model in _hooked or is_sharded(model)
+
+
 def ranks(model: nn.Module) -> int:
     """Return how many processes train this model together."""
-    together = dist.is_available() and dist.is_initialized() and (model in _hooked or is_sharded(model))
+    together = dist.is_available() and dist.is_initialized() and takes_part(model)
     return dist.get_world_size() if together else 1
 
 

@@ -27,7 +27,8 @@ OPTIMIZERS = {"adamw": 8, "adamw8bit": 2}  # bytes of state for each trainable p
 MASTER = 4  # bytes of a float32 copy of a trainable parameter that is stored in 16 bits
 SMALL = {"int8": 1, "fp8": 1}  # bytes of a frozen block's parameter in the PRECISIONS that change them
 RING = 2  # blocks on the GPU when frozen blocks live in pinned host memory
-FROZEN_MODES = ("pass", "prefix", "bypass", "skip")
+FROZEN_MODES = ("pass", "prefix", "bypass", "bypass_attn", "skip")
+CHECKPOINTED = {"block": "with checkpointing", "parts": "checkpointing by parts", "none": "without checkpointing"}
 UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
@@ -45,15 +46,16 @@ def parse_bytes(text: str | int | float) -> int:
 class Setting:
     """One way to train: `active` trainable blocks, the mode of the others, their storage precision, checkpointing.
 
-    method: "full", "lora" or "ent-prog". weights, gradients, optimizer, activations, recompute: bytes. flops: of one
-    step. seconds: of one step where a rate is known.
+    method: "full", "lora" or "ent-prog". checkpointing: of every block that keeps something, "none", "block" or "parts"
+    (checkpointing.py). weights, gradients, optimizer, activations, recompute: bytes. flops: of one step. seconds: of
+    one step where a rate is known.
     """
 
     method: str
     active: int
     mode: str
     frozen: str
-    checkpointing: bool
+    checkpointing: str
     weights: int
     gradients: int
     optimizer: int
@@ -71,7 +73,7 @@ class Setting:
         """Return the setting in words."""
         blocks = "" if self.method != "ent-prog" else f", {self.active} blocks, the others {self.mode}"
         stored = "" if self.frozen == "bf16" else f" and stored {self.frozen}"
-        return f"{self.method}{blocks}{stored}, {'with' if self.checkpointing else 'without'} checkpointing"
+        return f"{self.method}{blocks}{stored}, {CHECKPOINTED[self.checkpointing]}"
 
 
 @dataclass(frozen=True)
@@ -118,21 +120,15 @@ class Plan:
 
     def costs(self) -> dict[str, dict[str, int]]:
         """Return {"forward", "input", "weight"} FLOPs of each block, for `cost_aware`."""
-        rows = {}
-        for name in self.blocks:
-            train, through = self.profile.block(name), self.profile.block(name, "pass")
-            rows[name] = {
-                "forward": train["forward"],
-                "input": through["backward"],
-                "weight": train["backward"] - through["backward"],
-            }
-        return rows
+        return self.profile.cost.parts()
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain data."""
         first = next(iter(self.blocks))
         rows = [asdict(s) | {"peak": s.peak, "step": s.flops / self.reference.flops} for s in self.settings]
-        kinds = {n: {m: self.profile.block(n, m) for m in ("train", *FROZEN_MODES)} for n in self._kinds()}
+        able = self.profile.attention()
+        shown = {n: [m for m in ("train", *FROZEN_MODES) if m != "bypass_attn" or n in able] for n in self._kinds()}
+        kinds = {n: {m: self.profile.block(n, m) for m in modes} for n, modes in shown.items()}
         return {
             "model": self.model,
             "parameters": self.parameters,
@@ -193,7 +189,7 @@ class Accounting:
         method: str = "ent-prog",
         mode: str = "train",
         frozen: str = "bf16",
-        checkpointing: bool = False,
+        checkpointing: str = "none",
     ) -> Setting:
         """Return what training with each block in a mode would hold and cost.
 
@@ -237,10 +233,14 @@ def all_settings(
     measured: Profile,
     accounting: Accounting,
     *,
-    checkpointing: Sequence[bool] = (True, False),
+    checkpointing: Sequence[str] = tuple(CHECKPOINTED),
     ranking: Sequence[str] | None = None,
 ) -> list[Setting]:
-    """List full training, LoRA and every (m, mode, precision) of Ent-Prog, m on {L/8, L/4, L/2, 3L/4, L}."""
+    """List full training, LoRA and every (m, mode, precision) of Ent-Prog, m on {L/8, L/4, L/2, 3L/4, L}.
+
+    With bypass_attn blocks without self-attention of their own are passed; the mode is left out where none has any.
+    """
+    attention = measured.attention()
     names = list(measured.blocks)
     rows = []
     for again in checkpointing:
@@ -249,8 +249,9 @@ def all_settings(
             modes = dict.fromkeys(names, "pass")
             rows.append(accounting.setting(measured, modes, method="lora", mode="pass", checkpointing=again))
         for active in sorted({at_least_one(s, len(names)) for s in SHARES} - {len(names)}):
-            for mode in FROZEN_MODES:
+            for mode in (m for m in FROZEN_MODES if m != "bypass_attn" or attention):
                 modes = modes_for(names, active, mode, ranking)
+                modes |= {n: "pass" for n, m in modes.items() if m == "bypass_attn" and n not in attention}
                 rows += [
                     accounting.setting(measured, modes, mode=mode, frozen=p, checkpointing=again) for p in PRECISIONS
                 ]
@@ -299,7 +300,7 @@ def plan(
     ranking: Sequence[str] | None = None,
     optimizer: str = "adamw",
     master: bool = True,
-    checkpointing: bool | None = None,
+    checkpointing: str | None = None,
     lora_rank: int = 64,
     rate: float | None = None,
     seconds_per_step: float | None = None,
@@ -311,7 +312,7 @@ def plan(
     model: a module, a name of PUBLISHED, a diffusers configuration (dict, or a folder with config.json). sample: pixels
     (frames, height, width), a latent shape (B, C, F, H, W), or a dict of forward inputs. blocks, always: as for
     EntProg. ranking: block names, best first; without one trainable blocks are spread evenly. master: float32 copies
-    of what trains in 16 bits. checkpointing: only with or without, both by default. rate: FLOP/s; or
+    of what trains in 16 bits. checkpointing: only "block", "parts" or "none", by default all three. rate: FLOP/s; or
     seconds_per_step: of full training, measured. dtype: bf16 for configurations, a module's own.
 
     ValueError for anything unknown, with the choices.
@@ -328,11 +329,13 @@ def plan(
         raise ValueError(
             f"ranking and blocks differ in {sorted(unknown)[:8]}: name each of {list(measured.blocks)} once"
         )
-    with_or_without = (True, False) if checkpointing is None else (checkpointing,)
+    if checkpointing is not None and checkpointing not in CHECKPOINTED:
+        raise ValueError(f"checkpointing {checkpointing!r} is unknown: choose one of {list(CHECKPOINTED)}, or None")
+    keeps = tuple(CHECKPOINTED) if checkpointing is None else (checkpointing,)
     if seconds_per_step is not None:
-        reference = Accounting(optimizer, master).setting(measured, {}, method="full", checkpointing=with_or_without[0])
+        reference = Accounting(optimizer, master).setting(measured, {}, method="full", checkpointing=keeps[0])
         rate = reference.flops / seconds_per_step
-    rows = all_settings(measured, Accounting(optimizer, master, rate), checkpointing=with_or_without, ranking=ranking)
+    rows = all_settings(measured, Accounting(optimizer, master, rate), checkpointing=keeps, ranking=ranking)
     shapes = {k: tuple(v.shape) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
     return Plan(
         model=name,

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from entprog import memory, parallel
+from entprog.attention import find_attention
 from entprog.blocks import Block, batch_size, by_name, find_blocks, forked_rng, outside_blocks, record_example
 from entprog.budget import Budget, Keeping
 from entprog.bypass import choose_bypass
 from entprog.cei import Scores
 from entprog.checkpointing import checkpointed
+from entprog.cost import MODEL_CLOCK_FLOPS, StepCost
 from entprog.guards import candidate_names, check_inputs, check_switchable, held_out_batches
-from entprog.measure import MODEL_CLOCK_FLOPS, Ledger, StepCost, held_out_losses, now, saved_bytes
+from entprog.measure import Ledger, held_out_losses, now, saved_bytes
 from entprog.modes import LossFn, Predict, mode_of, predict_by_loss, running
 from entprog.priority import samples
+from entprog.profiling import cost_of
 from entprog.ranking import boundaries, out_at_most, rank, selected
 from entprog.schedule import SCHEDULES, Candidate, at_least_one, block_modes, block_sizes
 from entprog.strategy import Progressive, ent_prog
@@ -94,6 +97,9 @@ class EntProg:
         parallel.prepared(model, blocks, self._try)
         self.blocks = list(blocks) if blocks is not None else find_blocks(model, record_example(model, self._try))
         self.candidates = candidate_names(self.blocks, candidates)
+        cut = self.settings.frozen == "bypass_attn"
+        self.able = find_attention(self.blocks, self._try) if cut else [b.name for b in self.blocks]  # to be bypassed
+        self.new = tuple(always)
         self.always, self.stem = outside_blocks(model, self.blocks, always, self._try)
         self.scores: Scores | None = None
         self.skip_order: list[str] = []
@@ -115,17 +121,7 @@ class EntProg:
         self.waited: dict[str, int] = {}  # periods since a block last trained
         self.drawn: list[str] = []  # what trains in this period of a rotation
         self._stopped = False  # whether the budget kept this stage's search from larger candidates
-        self.budget = self._within(max_memory, always) if max_memory is not None else None
-
-    def _within(self, max_memory: str | int | float, always: Sequence[str]) -> Budget:
-        with forked_rng(0):
-            batch = next(iter(self.score_batches()))
-        inputs = record_example(self.model, lambda: self.loss_fn(self.model, batch))
-        outside = (self.always, self.stem)
-        return Budget(
-            max_memory, self.model, self.blocks, self.candidates, outside, inputs, len(samples(batch)),
-            self.settings, always,
-        )  # fmt: skip
+        self.budget: Budget | None = memory.budget_of(self, max_memory) if max_memory is not None else None
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean loss; whatever needs gradients in here counts towards the run's peak memory."""
@@ -143,8 +139,7 @@ class EntProg:
         """Let the model clock run on by one pass of a batch over the blocks in their present modes."""
         if self._cost is not None:
             modes = {b.name: mode_of(b) for b in self.blocks}
-            again = checkpointed(self.blocks)
-            flops = self._cost.step(modes, checkpointed=again) if backward else self._cost.forward(modes)
+            flops = self.step_flops(modes) if backward else self._cost.prediction(modes)
             self.model_seconds += batch_size(batch) / self._cost.samples * flops / MODEL_CLOCK_FLOPS
 
     def prediction(self, model: nn.Module, batch: Any) -> Tensor:
@@ -274,22 +269,25 @@ class EntProg:
                 min_fidelity=self.settings.min_fidelity,
                 min_new_fidelity=self.settings.min_new_fidelity,
                 skipped=skipped,
+                mode=self.settings.frozen,
+                among=self.able,
             )
 
     def modes_of(self, candidate: Candidate, bypassed: Sequence[str] | None = None) -> dict[str, str]:
         """Every block's mode; without `bypassed` all frozen blocks that do not sit out are bypassed if allowed."""
         active, skipped = self.sets(candidate)
-        names = [b.name for b in self.blocks]
-        if self.settings.frozen == "pass":
+        names, around = [b.name for b in self.blocks], self.settings.frozen
+        if around == "pass":
             return block_modes(names, active, skipped, (), "pass")
-        return block_modes(names, active, skipped, names if bypassed is None else bypassed, "prefix")
+        return block_modes(names, active, skipped, self.able if bypassed is None else bypassed, "prefix", around)
 
     def enter(self, candidate: Candidate, progress: float, reason: str) -> Candidate:
         """Settle on a candidate, or within a budget on the largest that fits, and say so."""
         candidate = self.candidate = memory.settle(self, candidate, progress)
         self.out = self.sets(candidate)[1]
         curve = self.bypass_set(candidate)[1]
-        point = next((c for c in curve if c["size"] == sum(m == "bypass" for m in self.modes.values())), None)
+        size = sum(m == self.settings.frozen for m in self.modes.values())
+        point = next((c for c in curve if c["size"] == size), None)
         state = {"stage": self.stage, "reason": reason, "active": self.active, "skipped": self.out, "modes": self.modes}
         self.emit("modes", progress, **state, fidelity=point, fidelity_curve=curve)
         return candidate
@@ -330,24 +328,27 @@ class EntProg:
         seconds = self._timed(timed)
         if timed == whole:
             return seconds
-        cost, modes = self.step_cost(), self.modes_of(timed, self.bypass_set(timed)[0])
-        return seconds * cost.step(self.modes_of(whole, ())) / cost.step(modes)
+        modes = self.modes_of(timed, self.bypass_set(timed)[0])
+        return seconds * self.step_flops(self.modes_of(whole, ())) / self.step_flops(modes)
 
     def step_cost(self) -> StepCost:
         if self._cost is None:
             with forked_rng(0):
                 batch = next(iter(self.score_batches()))
-            self._cost = StepCost.measure(
-                self.model, self.blocks, lambda: self.loss_fn(self.model, batch), batch_size(batch)
+            self._cost = cost_of(
+                self.model, self.blocks, lambda: self.loss_fn(self.model, batch), batch_size(batch), self.new
             )
         return self._cost
 
+    def step_flops(self, modes: Mapping[str, str]) -> int:
+        """Return the FLOPs of a training step in some modes, blocks checkpointed as they are now."""
+        outside, again = memory.outside(self, modes), checkpointed(self.blocks)
+        return self.step_cost().step(memory.with_adapters(self, modes), outside=outside, checkpointed=again)
+
     def estimate(self, candidate: Candidate) -> float:
         """Seconds of one training step of a candidate (Trial), by FLOPs from the one timed full step."""
-        cost = self.step_cost()
         whole = self.modes_of(Candidate(len(self.candidates)), ())
-        again = checkpointed(self.blocks)
-        flops = [cost.step(modes, checkpointed=again) for modes in (self.modes_of(candidate), whole)]
+        flops = [self.step_flops(modes) for modes in (self.modes_of(candidate), whole)]
         return self.full_step_seconds() * flops[0] / flops[1]
 
     def cost(self, candidate: Candidate) -> float:
@@ -359,7 +360,7 @@ class EntProg:
         before, keeping = self.modes, self.keeping
         self.switch(candidate)
         if self.clock == "model":
-            seconds = self.step_cost().seconds(self.modes, checkpointed=checkpointed(self.blocks))
+            seconds = self.step_flops(self.modes) / MODEL_CLOCK_FLOPS
         else:
             start, times = self.snapshot(), []
             for _ in range(TIMING_STEPS):
@@ -414,7 +415,7 @@ class EntProg:
             "decisions": self.decisions,
             "search_steps": self.search_steps,
             "model_seconds": self.model_seconds,
-            "step_cost": asdict(self.step_cost()),
+            "step_cost": self.step_cost().to_json(),
             "settings": asdict(self.settings),
             "memory": memory.state(self),
             "bypass_sets": [[asdict(c), *found] for c, found in self.bypass_sets.items()],
@@ -437,7 +438,8 @@ class EntProg:
                 f"the saved state belongs to another setting (saved, now): {differing}: resume with the saved one"
             )
         self.stage, self.last_step, self.search_steps = state["stage"], state["last_step"], state["search_steps"]
-        self.model_seconds, self._cost = state["model_seconds"], StepCost(**state["step_cost"])
+        self.model_seconds = state["model_seconds"]
+        self._cost = StepCost(**state["step_cost"], fill=self.step_cost().fill)
         self.candidate = Candidate(**state["candidate"]) if state["candidate"] else None
         self.scores = Scores(**state["scores"]) if state["scores"] else None
         self.skip_order, self.out = list(state["skip_order"]), state["out"]

@@ -125,19 +125,28 @@ def samples(batch: Any) -> list[Any]:
     return [{k: v[i : i + 1] for k, v in batch.items()} for i in range(counts.pop())]
 
 
+def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Return the modules in training mode whose output depends on which samples share a batch."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+
+
 def _block_gradients(
     model: nn.Module, blocks: Sequence[Block], loss_fn: LossFn, batch: Any, seed: int
 ) -> list[list[Tensor]]:
     """Gradients of every block's parameters, all blocks trainable, noise from a seed.
 
-    One sample at a time, so that scoring with gradients of all blocks holds the activations of one sample only. The
-    mean over all ranks' samples in several processes.
+    One sample at a time, so that scoring with gradients of all blocks holds the activations of one sample only; batch
+    norm uses its running statistics, and leaves them alone. The mean over all ranks' samples in several processes.
     """
     parameters = [b.parameters() for b in blocks]
     flat = [p for group in parameters for p in group]
     pending = [p.grad for p in flat]
     total = [torch.zeros_like(p) for p in flat]
-    parts = samples(batch)
+    plain, parts = _batch_norms(model), samples(batch)
+    if any(m.running_mean is None for m in plain):  # of the batch it normalises, whatever the mode
+        parts = [batch]
+    for m in plain:
+        m.training = False
     with preserved(model, blocks), parallel.own_noise(model, seed), torch.enable_grad():
         for p in flat:
             p.grad = None
@@ -146,6 +155,8 @@ def _block_gradients(
             grads = parallel.gradients(model, loss_fn(model, sample), flat)
             for sum_, g in zip(total, grads, strict=True):
                 sum_ += g / len(parts)
+    for m in plain:
+        m.training = True
     total = parallel.mean(model, total)
     for p, grad in zip(flat, pending, strict=True):
         p.grad = grad
@@ -186,29 +197,41 @@ def gain(
 
     g_b = <gradient of batch i, m / (sqrt(v) + eps)>, with m and v the mean gradient and mean square over the other
     batches. Divided by the block's parameters relative to the mean block's, which stand for its cost.
-    ValueError with fewer than two batches.
+
+    Two passes over the batches: the first adds up gradients and squares, in float64, from which the second takes away
+    what is batch i's own; so what is held does not grow with the number of batches. ValueError with fewer than two.
     """
     fn = _needs(loss_fn, "gain")
-    each = enumerate(parallel.in_step(model, batches))
-    grads = [_block_gradients(model, blocks, fn, batch, seed) for seed, batch in each]
-    if len(grads) < 2:
-        raise ValueError(
-            f"priority 'gain' needs at least 2 batches, one to step on and one to judge by: got {len(grads)}"
-        )
+    kept = list(parallel.in_step(model, batches))
+    if (count := len(kept)) < 2:
+        raise ValueError(f"priority 'gain' needs at least 2 batches, one to step on and one to judge by: got {count}")
+    sums: list[list[tuple[Tensor, Tensor]]] = []
+    for seed, batch in enumerate(kept):
+        for b, block in enumerate(_block_gradients(model, blocks, fn, batch, seed)):
+            if seed == 0:
+                sums.append([(torch.zeros_like(g), torch.zeros_like(g)) for g in map(_double, block)])
+            for g, (total, squares) in zip(map(_double, block), sums[b], strict=True):
+                total.add_(g)
+                squares.addcmul_(g, g)
     sizes = [sum(p.numel() for p in b.parameters()) for b in blocks]
     cost = [size / (sum(sizes) / len(sizes)) for size in sizes]
     rows = []
-    for i, held in enumerate(grads):
-        others = [g for j, g in enumerate(grads) if j != i]
+    for seed, batch in enumerate(kept):
         row = []
-        for b in range(len(blocks)):
-            directions = []
-            for k in range(len(held[b])):
-                stack = torch.stack([parallel.local(o[b][k]) for o in others])
-                directions.append(stack.mean(0) / (stack.square().mean(0).sqrt() + 1e-8))
-            row.append(parallel.inner(held[b], directions) / cost[b])
+        for b, block in enumerate(_block_gradients(model, blocks, fn, batch, seed)):
+            directions = [_direction(_double(g), *s, count - 1).float() for g, s in zip(block, sums[b], strict=True)]
+            row.append(parallel.inner(block, directions) / cost[b])
         rows.append(row)
     return make_scores("gain", [b.name for b in blocks], torch.tensor(rows))
+
+
+def _double(gradient: Tensor) -> Tensor:
+    return parallel.local(gradient).double()
+
+
+def _direction(own: Tensor, total: Tensor, squares: Tensor, others: int) -> Tensor:
+    """Adam's step by the mean and the mean square of the other batches' gradients."""
+    return (total - own) / others / (((squares - own.square()).clamp(min=0) / others).sqrt() + 1e-8)
 
 
 def oracle(

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from entprog import memory
-from entprog.budget import merged
+from entprog.budget import SUMS, merged
 from entprog.bypass import choose_skips
 from entprog.cei import Scores, Stop, with_inherited
 from entprog.measure import tensor_bytes
@@ -20,8 +20,6 @@ from entprog.schedule import RESTORES, Candidate, at_least_one, at_most, block_s
 
 if TYPE_CHECKING:
     from entprog.plugin import EntProg
-
-GRADIENTS = ("gain", "grad_norm")
 
 
 def rank(prog: "EntProg", progress: float) -> None:
@@ -46,12 +44,12 @@ def rank(prog: "EntProg", progress: float) -> None:
 def batches_within_budget(prog: "EntProg") -> int:
     """Return how many batches score_budget pays for, at least 4 and at most 64.
 
-    In full steps, a batch costs a priority with gradients 1 and one that skips blocks 1/3 + L/6.
+    In full steps, a batch costs grad_norm 1, gain 2 and a priority that skips blocks 1/3 + L/6.
     """
     if prog.seconds is None:
         return 8
     by_skipping = (1 + len(prog.blocks) / 2) / 3
-    steps = 1.0 if prog.settings.priority in GRADIENTS else by_skipping
+    steps = {"grad_norm": 1.0, "gain": 2.0}.get(prog.settings.priority, by_skipping)
     steps += 0.5 * by_skipping * len(prog.settings.also_score)
     per_batch = steps * prog.full_step_seconds()
     return int(min(64, max(4, prog.settings.score_budget * prog.seconds / per_batch)))
@@ -59,19 +57,15 @@ def batches_within_budget(prog: "EntProg") -> int:
 
 def _scored(prog: "EntProg", priority: str, batches: int, stop: Stop | None) -> Scores:
     drawn: Any = islice(prog.score_batches(), batches)
-    groups, held = [prog.blocks], 0
+    groups, held = [prog.blocks], 1 + SUMS[priority] if priority in SUMS else 0  # and the sum over the samples
     if prog.budget is not None:
         drawn = list(drawn)
-        if priority in GRADIENTS:
-            keeping, groups, count = prog.budget.groups(prog.blocks, batches if priority == "gain" else 0)
-            drawn = drawn[: count or None]
-            held = 1 + count  # the sum over the samples, and of gain every batch's
+        if priority in SUMS:
+            keeping, groups = prog.budget.groups(prog.blocks, SUMS[priority])
         else:
             keeping = prog.budget.scores_kept()
             drawn = [sample for batch in drawn for sample in samples(batch)]
         memory.rest(prog, keeping)
-    elif priority == "gain":  # holds every batch's gradients until all are there
-        held = batches
     parts = []
     for group in groups:
         prog.held_bytes = held * tensor_bytes(p for b in group for p in b.parameters())
@@ -99,12 +93,12 @@ def selected(prog: "EntProg", candidate: Candidate) -> tuple[list[str], list[str
     ranking = prog.ranking()
     if prog.settings.selection == "top" or prog.drawn or prog.scores is None:
         return block_sets(candidate, ranking, prog.skip_order, prog.out)
-    flops, best = prog.step_cost().blocks, ranking[: candidate.active]
-    names = list(flops)
+    costs, best = prog.step_cost().parts(), ranking[: candidate.active]
+    names = list(costs)
     behind = names[min(names.index(n) for n in best) :]
-    price = sum(flops.values()) + sum(flops[n] for n in behind) + sum(flops[n] for n in best)
+    price = sum(c["forward"] for c in costs.values()) + sum(costs[n]["input"] for n in behind)
+    price += sum(costs[n]["weight"] for n in best)
     scores = {n: prog.scores.values[n] if n in prog.candidates else -math.inf for n in names}
-    costs = {n: dict.fromkeys(("forward", "input", "weight"), f) for n, f in flops.items()}
     chosen = cost_aware(scores, costs, price)
     order = [*chosen, *(n for n in ranking if n not in chosen)]
     return block_sets(Candidate(len(chosen), candidate.skipped), order, prog.skip_order, prog.out)

@@ -173,13 +173,18 @@ def block_sets(
 
 
 def block_modes(
-    names: Sequence[str], active: Sequence[str], skipped: Sequence[str], bypassed: Sequence[str], exact: str
+    names: Sequence[str],
+    active: Sequence[str],
+    skipped: Sequence[str],
+    bypassed: Sequence[str],
+    exact: str,
+    around: str = "bypass",
 ) -> dict[str, str]:
-    """Name -> mode; frozen blocks that neither sit out nor are bypassed run in the `exact` mode."""
+    """Name -> mode; bypassed blocks run in `around`, frozen ones that neither sit out nor are bypassed in `exact`."""
 
     def mode(name: str) -> str:
         if name in active:
             return "train"
-        return "skip" if name in skipped else "bypass" if name in bypassed else exact
+        return "skip" if name in skipped else around if name in bypassed else exact
 
     return {name: mode(name) for name in names}

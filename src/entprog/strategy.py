@@ -24,11 +24,11 @@ class Progressive:
 
     priority, schedule, search: rows of PRIORITIES, SCHEDULES, SEARCHES. stages: K, each an equal share of the run.
     active_share: for `fixed`. grid: shares of L that `adaptive` may choose.
-    frozen: "bypass" or "pass"; as many are bypassed as leave the gradients a cosine of min_fidelity to the exact ones,
-    and those of what trains outside blocks (a new pose encoder) min_new_fidelity. skip: largest share of blocks that
-    may sit out; all are back at restore_at of the run, by a row of RESTORES (`once`, `halves`, `one_by_one`), and those
-    that are to train do so from then on. stem: pretrained modules outside blocks train "late" (with block 0), "always"
-    or "never".
+    frozen: "bypass", "bypass_attn" or "pass"; as many are bypassed as leave the gradients a cosine of min_fidelity to
+    the exact ones, and those of what trains outside blocks (a new pose encoder) min_new_fidelity; with "bypass_attn"
+    of those with self-attention of their own, the others pass. skip: largest share of blocks that may sit out; all are
+    back at restore_at of the run, by a row of RESTORES (`once`, `halves`, `one_by_one`), and those that are to train do
+    so from then on. stem: pretrained modules outside blocks train "late" (with block 0), "always" or "never".
     search_budget, score_budget: shares of a stage and of the run. rescore: rank again at every "stage" or "never".
     adapters: every block carries LoRA adapters that train throughout, so a frozen block passes exact gradients on.
     also_score: priorities measured beside for the record, their rank correlation with the deciding one logged.
@@ -72,7 +72,7 @@ class Progressive:
         lookup(SEARCHES, self.search, "search")
         lookup(RESTORES, self.restore, "restore")
         for name, choices in (
-            ("frozen", ("bypass", "pass")),
+            ("frozen", ("bypass", "bypass_attn", "pass")),
             ("stem", ("late", "always", "never")),
             ("rescore", ("never", "stage")),
             ("frozen_weights", (None, *PRECISIONS)),

@@ -132,7 +132,7 @@ def plan_table(plan: "Plan", memory: int | None = None) -> Table:
         s = found["bf16"]
         rank = plan.assumptions["lora_rank"]
         name = {"full": "all", "lora": f"LoRA r{rank}"}.get(method, f"{active} of {len(plan.blocks)}")
-        cells = [name, mode if method == "ent-prog" else "", "yes" if again else "no"]
+        cells = [name, mode if method == "ent-prog" else "", "no" if again == "none" else again]
         cells += [size(found.get(p)) for p in ("bf16", "int8", "cpu")]
         cells += [f"{s.flops / plan.reference.flops:.2f}", f"{s.flops / plan.lora.flops:.2f}"]
         table.add_row(*cells, *[f"{1000 * s.seconds / 3600:.2f}"] * timed if s.seconds else [])

@@ -24,16 +24,17 @@ from torch import Tensor, nn
 from entprog import memory
 from entprog.blocks import find_blocks, record_example
 from entprog.checkpoint import RunLog, load_checkpoint, named_state, put_back, save_checkpoint
-from entprog.checkpointing import checkpointed
 from entprog.config import RunConfig, check_same
+from entprog.cost import MODEL_CLOCK_FLOPS, StepCost
 from entprog.data.batches import Batch, Data, batch_at, fixed_batches, to_device
 from entprog.ema import Ema
-from entprog.measure import MODEL_CLOCK_FLOPS, NET, Ledger, StepCost, held_out_losses, now, saved_bytes, training_bytes
+from entprog.measure import NET, Ledger, held_out_losses, now, saved_bytes, training_bytes
 from entprog.metrics.protocol import mean_interval
 from entprog.models.pretrained import batch_settings, candidate_blocks, freeze_for_good, new_modules, predict_and_loss
 from entprog.modes import running
 from entprog.parallel import agreed, data_parallel, on_cpus
 from entprog.plugin import EntProg
+from entprog.profiling import cost_of, trained_outside
 from entprog.strategy import add_adapters, add_lora
 
 
@@ -80,8 +81,8 @@ class Trainer:
         self.step = self.segment = self.within = 0
         self.prog: EntProg | None = None
         self.prog = self._plug_in()
-        self.ema = Ema(self.wrapped, config.ema_decay)
-        self.cost = StepCost.measure(model, self.blocks, lambda: self.loss_fn(model, self._batch(0, complete=True)))
+        self.ema = Ema(self.wrapped, config.ema_decay, host=config.max_memory is not None)
+        self.cost: StepCost | None = None
         self.model_seconds = 0.0
         self.times: list[float] = []  # of the last steps in the present modes
         self.curve: list[dict[str, float]] = []
@@ -244,8 +245,8 @@ class Trainer:
     def _modes(self) -> dict[str, str]:
         if self.prog:
             return self.prog.modes
-        trained = [] if self.config.strategy == "lora" else self.candidates
-        return {b.name: "train" if b in trained else "pass" for b in self.blocks}
+        mode = "lora" if self.config.strategy == "lora" else "train"
+        return {b.name: mode if b in self.candidates else "pass" for b in self.blocks}
 
     def _plan(self, begin: float, end: float) -> int:
         """Return how many steps bring the run from one mark to the next."""
@@ -267,7 +268,12 @@ class Trainer:
         return median(self.times) * flops / self._flops(self.measured_modes)
 
     def _flops(self, modes: dict[str, str]) -> int:
-        return self.cost.step(modes, checkpointed=checkpointed(self.blocks))
+        if self.prog:
+            return self.prog.step_flops(modes)
+        if self.cost is None:
+            batch = self._batch(0, complete=True)
+            self.cost = cost_of(self.model, self.blocks, lambda: self.loss_fn(self.model, batch))
+        return self.cost.step(modes, outside=trained_outside(self.model, self.blocks))
 
     def _lr(self, progress: float) -> float:
         warm = min(1.0, (progress + 1e-3) / self.config.lr_warmup) if self.config.lr_warmup else 1.0
@@ -394,7 +400,7 @@ class Trainer:
             self.prog.load_state_dict(state["prog"])
             self.prog.peak_bytes = state["peak_search"]
         put_back(tensors, self.wrapped, self.optimizer)
-        self.ema.average = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+        self.ema.load({k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")})
 
     def _finish(self) -> dict[str, Any]:
         """Save the model for use and return the results; results.json is written by `write_results`."""
@@ -404,19 +410,14 @@ class Trainer:
             self.prog.release()
         with self.ledger("held_out"):
             losses = self.held_out_loss().double()
-        final = self._final_model()
+        if self.wrapped is not self.model:  # adapters are merged
+            self.model = self.wrapped.merge_and_unload()  # type: ignore[operator]
         with self.ledger("checkpoint"):
             if self.writes:
-                final.save_pretrained(self.out / "checkpoints" / "final")  # type: ignore[operator]
+                self.model.save_pretrained(self.out / "checkpoints" / "final")  # type: ignore[operator]
             self.accelerator.wait_for_everyone()
         self._write_event({"event": "done", "progress": 1.0})
         return self._results(losses)
-
-    def _final_model(self) -> nn.Module:
-        """Return the plain model: adapters merged."""
-        if self.wrapped is not self.model:
-            self.model = self.wrapped.merge_and_unload()  # type: ignore[operator]
-        return self.model
 
     def _results(self, losses: Tensor) -> dict[str, Any]:
         spent = self.ledger.summary()["seconds"]
