@@ -5,7 +5,7 @@ for every way it may run (kinds.py), and what autograd saves is counted storage 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -165,10 +165,9 @@ def cost_of(
     on shapes alone, or whose blocks run several times in a call, is counted by rule (cost.by_rule).
     """
     calls, total, spent, inputs = _counted(model, blocks, run)
-    try:
+    found: StepCost | None = None
+    with suppress(NotImplementedError, RuntimeError, TypeError, ValueError):  # then it is counted by rule, and says so
         found = profile(model, inputs, blocks=blocks, always=always, device="cpu", lora_rank=0).cost
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):
-        found = None
     if found is None or any(spent[b.name][0] != calls * found.forward[b.name] for b in blocks):
         rest = total - sum(f for f, _ in spent.values())
         return by_rule({n: f for n, (f, _) in spent.items()}, {n: a for n, (_, a) in spent.items()}, rest, samples)
