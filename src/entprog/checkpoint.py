@@ -118,3 +118,11 @@ def put_back(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.opti
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             if own:
                 optimizer.state[p] = own
+
+
+def write_results(out: Path, ledger: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Write a run folder's ledger.json and results.json, which gets the ledger's wall time; returns the results."""
+    (out / "ledger.json").write_text(json.dumps(ledger, indent=1) + "\n")
+    results = results | {"wall_seconds": ledger["wall"]}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return results

@@ -6,6 +6,7 @@ in `optimizer.state[parameter]` works: torch, bitsandbytes, torchao, Accelerate'
 """
 
 import importlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -168,3 +169,9 @@ def low_bit_optimizers() -> dict[str, list[str]]:
             continue
         found[package] = [name for name in names if hasattr(loaded, name)]
     return found
+
+
+def cosine(lr: float, progress: float, warmup: float = 0.0) -> float:
+    """Return the learning rate at a share of the run: a cosine from `lr` to 0, over a linear warm-up."""
+    warm = min(1.0, (progress + 1e-3) / warmup) if warmup else 1.0
+    return lr * warm * 0.5 * (1 + math.cos(math.pi * progress))

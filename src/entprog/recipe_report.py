@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib import style
 from matplotlib.figure import Figure
 
+from entprog.charts import score_chart, svg, uri
 from entprog.evaluate import BETTER, compare
 from entprog.report import (
     CHART_STYLE,
@@ -22,9 +23,6 @@ from entprog.report import (
     Run,
     read_run,
     render,
-    score_chart,
-    svg,
-    uri,
     write_report,
 )
 

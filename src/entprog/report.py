@@ -7,11 +7,8 @@ run did not measure stays None from the file to the page, where a sentence says 
 Charts are SVG inside <img>, so that the ids of two charts cannot clash on the page; the page inverts them in the dark.
 """
 
-import base64
-import io
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,11 +20,9 @@ import jinja2
 import numpy as np
 import torch
 from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
+from entprog.charts import fidelity_chart, map_chart, score_chart, search_chart, svg, uri
 from entprog.metrics.protocol import bootstrap_interval
 
 CHART_STYLE = {
@@ -40,9 +35,6 @@ MORE_COLOURS = ("#009e73", "#a6568a", "#b04a1a", "#56a0d3", "#8a7f00")
 LEDGER_COLOURS = {"training": "#9db4c0", "data": "#66a182", "scoring": "#0072b2", "search": "#d95f02"}
 NET = tuple(LEDGER_COLOURS)  # what counts when strategies are compared; the rest of the ledger does not
 LEDGER_COLOURS |= {"held_out": "#c9b458", "checkpoint": "#a6568a", "sampling": "#b9a7d0", "other": "#8c8c8c"}
-MODE_COLOURS = {"train": "#d55e00", "pass": "#f3c79a", "prefix": "#d5dce2"}
-MODE_COLOURS |= {"bypass": "#5aa9d6", "bypass_attn": "#1f5f8b", "skip": "#333333"}
-FIDELITY_COLOURS = {"cosine": "#0072b2", "norm_ratio": "#8c8c8c", "new_modules_cosine": "#d95f02"}
 CLIP_TYPES = {".png": "image/png", ".webp": "image/webp", ".gif": "image/gif"}
 SHARED_CLIPS = ("reference", "pose", "truth")
 
@@ -177,8 +169,10 @@ def _content(folder: Path, results: dict[str, Any], runs: list[Run]) -> dict[str
         "ledger": _ledger_chart(ledgers) if ledgers else None,
         "curves": _curve_chart(curves) if curves else None,
         "scores": {r.name: (score_chart(r.scores[0]), r.scores) for r in runs if r.scores},
-        "searches": {r.name: (_search_chart(r), r.of("search")) for r in runs if r.of("search")},
-        "maps": {r.name: (_map_chart(r), _fidelity_chart(r), r.of("modes")) for r in runs if r.of("modes")},
+        "searches": {r.name: (search_chart(r.of("search")), r.of("search")) for r in runs if r.of("search")},
+        "maps": {
+            r.name: (map_chart(r.events), fidelity_chart(r.of("modes")), r.of("modes")) for r in runs if r.of("modes")
+        },
     }
 
 
@@ -276,129 +270,6 @@ def _curve_chart(runs: Sequence[Run]) -> str:
     late.set(xlabel="net seconds", title="its second half, enlarged; upright bar: final interval")
     whole.legend()
     return svg(figure)
-
-
-def score_chart(score: dict[str, Any]) -> str:
-    """Draw each block's score with its interval, and by time."""
-    names, values, intervals = list(score["values"]), score["values"], score.get("intervals") or {}
-    taus = score.get("per_tau") or {}
-    heights = [2.6] + ([0.5 + 0.22 * len(taus)] if taus else [])
-    figure = Figure(figsize=(10.5, sum(heights) + 0.6))
-    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    top, rank = panels[0], {name: i for i, name in enumerate(score.get("ranking") or [], 1)}
-    for i, name in enumerate(names):
-        low, high = intervals.get(name) or (math.nan, math.nan)
-        top.plot([i, i], [low, high], color="#0072b2", lw=1.6)
-        top.plot(i, values[name], "o", ms=5.5, color="#0072b2", mfc="w" if name in (score.get("zero") or ()) else None)
-        top.annotate(rank.get(name, ""), (i, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=7.5)
-    top.axhline(0, color="black", lw=0.6)
-    top.set_ylabel(f"{score.get('priority', 'score')} (rank on top)")
-    if taus:
-        grid = np.array([[by_name.get(name, math.nan) for name in names] for by_name in taus.values()], dtype=float)
-        mesh = panels[1].pcolormesh(np.arange(len(names) + 1) - 0.5, np.arange(len(taus) + 1), grid, cmap="cividis")
-        panels[1].set_yticks(np.arange(len(taus)) + 0.5, list(taus))
-        panels[1].set(ylabel="t (1 is noise)")
-        figure.colorbar(mesh, ax=panels[1], pad=0.01, aspect=8)
-    _block_ticks(panels[-1], names)
-    return svg(figure)
-
-
-def _search_chart(run: Run) -> str | None:
-    searches = [event for event in run.of("search") if event.get("rungs")]  # the others could not be afforded
-    if not searches:
-        return None
-    columns = min(3, len(searches))
-    lines = math.ceil(len(searches) / columns)
-    figure = Figure(figsize=((4, 7, 10.5)[columns - 1], 2.9 * lines))
-    for place, search in enumerate(searches, 1):
-        _search_panel(figure.add_subplot(lines, columns, place), search)
-    return svg(figure)
-
-
-def _search_panel(axes: Axes, search: dict[str, Any]) -> None:
-    rungs = [rung["entries"] for rung in search.get("rungs") or []]
-    chosen = tuple((search.get("chosen") or {}).get(key) for key in ("active", "skipped"))
-    pairs = sorted({(e["active"], e["skipped"]) for entries in rungs for e in entries})
-    shades = ListedColormap(["#9db4c0", "#0072b2", "#003f66"]).resampled(max(len(rungs), 1))
-    for i, entries in enumerate(rungs):
-        for entry in entries:
-            x = pairs.index((entry["active"], entry["skipped"])) + 0.18 * (i - (len(rungs) - 1) / 2)
-            low, high = entry.get("interval") or (math.nan, math.nan)
-            axes.plot([x, x], [low, high], color=shades(i), lw=1.4)
-            axes.plot([x], [entry.get("efficiency")], "o", ms=4.5, color=shades(i))
-    if chosen in pairs:
-        x = pairs.index(chosen)
-        axes.axvspan(x - 0.45, x + 0.45, color="#f3c79a", alpha=0.6, lw=0, zorder=0)
-    axes.axhline(0, color="black", lw=0.6)
-    axes.set_xticks(range(len(pairs)), [f"{m}" + (f"\n−{s}" if s else "") for m, s in pairs])
-    axes.set_title(f"stage {search.get('stage')}, {search.get('estimator')}")
-    axes.set(xlabel="active blocks (−: skipped blocks)", ylabel="loss decrease / second", xlim=(-0.6, len(pairs) - 0.4))
-
-
-def _map_chart(run: Run) -> str:
-    """Draw blocks x progress; a decision holds until the next one, the last until the last event of the run."""
-    events = list({e["step"]: e for e in run.of("modes")}.values())  # a resumed run may repeat a step
-    names = list(dict.fromkeys(name for e in events for name in (*e["modes"], *e["active"])))
-    used = [{**e["modes"], **dict.fromkeys(e["active"], "train")} for e in events]
-    present = {mode for modes in used for mode in modes.values()}
-    kinds = [k for k in MODE_COLOURS if k in present] + sorted(present - MODE_COLOURS.keys())
-    colours = [MODE_COLOURS.get(kind, "#cc79a7") for kind in kinds]
-    edges = [e["progress"] for e in events]
-    last = max(e.get("progress") or 0.0 for e in run.events)
-    edges.append(last if last > edges[-1] else 1.0)
-    grid = np.array([[kinds.index(m[n]) if n in m else math.nan for m in used] for n in names], dtype=float)
-    figure = Figure(figsize=(10.5, min(1.3 + 0.19 * len(names), 12)))
-    axes = figure.subplots()
-    norm = BoundaryNorm(np.arange(len(kinds) + 1) - 0.5, len(kinds))
-    rows = np.arange(len(names) + 1) - 0.5
-    axes.pcolormesh(edges, rows, grid, cmap=ListedColormap(colours), norm=norm, ec="w", lw=0.7)
-    _block_ticks(axes, names, vertical=True)
-    axes.set(xlabel="progress of the run", xlim=(0, max(1.0, edges[-1])))
-    handles = [Patch(color=c, label=k) for k, c in zip(kinds, colours, strict=True)]
-    figure.legend(handles=handles, loc="outside upper left", ncols=7, fontsize=8)
-    return svg(figure)
-
-
-def _fidelity_chart(run: Run) -> str | None:
-    """Draw what each choice of bypassed blocks was made on: gradient fidelity over the size of the set."""
-    events = [e for e in run.of("modes") if e.get("fidelity_curve")]
-    if not events:
-        return None
-    figure = Figure(figsize=(min(10.5, 3.5 * len(events)), 2.4))
-    for axes, event in zip(figure.subplots(1, len(events), squeeze=False)[0], events, strict=True):
-        sizes = [point["size"] for point in event["fidelity_curve"]]
-        for key, colour in FIDELITY_COLOURS.items():
-            values = [point.get(key) for point in event["fidelity_curve"]]
-            if any(v is not None for v in values):
-                axes.plot(sizes, values, "o-", ms=3.5, lw=1.2, color=colour, label=key.replace("_", " "))
-        axes.axvline((event.get("fidelity") or {"size": 0}).get("size", 0), color="black", ls=":", lw=1)
-        axes.set(xlabel="frozen blocks not exact", title=f"stage {event.get('stage')}, {len(event['active'])} active")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.axes[0].legend(fontsize=7.5)
-    return svg(figure)
-
-
-def _block_ticks(axes: Axes, names: Sequence[str], vertical: bool = False) -> None:
-    """Label one axis with block names, or only with their numbers where the rest of the name is shared."""
-    shared = {re.sub(r"\d+$", "", name) for name in names}
-    prefix = shared.pop() if len(shared) == 1 else ""
-    axis = axes.yaxis if vertical else axes.xaxis
-    axis.set_ticks(range(len(names)), [name.removeprefix(prefix) for name in names], fontsize=8)
-    axis.set_label_text(f"block ({prefix}N)" if prefix else "block")
-    axis.set_tick_params(rotation=0 if prefix or vertical else 90)
-    axis.set_inverted(vertical)
-
-
-def svg(figure: Figure) -> str:
-    """Return a figure as the URI of an SVG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return uri("image/svg+xml", buffer.getvalue())
-
-
-def uri(kind: str, data: bytes) -> str:
-    """Return data as a URI that a page can hold."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 # ---- the page
