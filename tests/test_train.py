@@ -16,6 +16,7 @@ from entprog.data.synthetic import figures
 from entprog.ema import Ema
 from entprog.measure import NET
 from entprog.models.pose_dit import PoseDiT, pose_dit
+from entprog.optim import cosine
 from entprog.strategy import STRATEGIES
 from entprog.train import Trainer
 
@@ -191,7 +192,7 @@ def test_full_matches_a_plain_loop(tmp_path):
     for begin, end in zip(marks[:-1], marks[1:], strict=True):
         count = round(end * 24) - round(begin * 24)
         for i in range(count):
-            optimizer.param_groups[0]["lr"] = reference._lr(begin + (end - begin) * i / count)
+            optimizer.param_groups[0]["lr"] = cosine(config.lr, begin + (end - begin) * i / count, config.lr_warmup)
             reference.loss_fn(model, reference._batch(step, complete=step == 0)).mean().backward()
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
             optimizer.step()

@@ -11,6 +11,7 @@ from entprog.plugin import EntProg
 from entprog.priority import score
 from entprog.schedule import Candidate
 from entprog.strategy import Progressive
+from entprog.tokens import Tokens, shrinker
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "Progressive",
     "Scores",
     "Stop",
+    "Tokens",
     "checkpoint_blocks",
     "cost_aware",
     "data_parallel",
@@ -30,5 +32,6 @@ __all__ = [
     "plan",
     "score",
     "set_active",
+    "shrinker",
     "skip",
 ]

@@ -52,6 +52,11 @@ class RunConfig:
     growth: Literal["nested", "rotate"] | None = None  # None: nested until max_memory stops it, then rotating
     selection: Literal["top", "cost_aware"] | None = None  # cost_aware: late blocks are cheap with frozen: pass
     rotate_every: int | None = None  # steps; None: an eighth of a stage
+    axes: Literal["blocks", "blocks,tokens"] | None = None  # with tokens training steps see smaller clips at first
+    token_grid: tuple[tuple[float, float], ...] | None = None  # (share of the frames, scale of height and width), ...
+    tokens_until: float | None = None  # share of the run; then clips are whole
+    token_frames: Literal["first", "strided"] = "first"  # which ones: the first of a clip, or every n-th
+    token_positions: Literal["scaled", "kept"] = "scaled"  # over the whole grid, or as of a smaller one; PoseDiT's
     max_memory: str | int | float | None = None  # what training may hold, as 24GiB; None: no limit
     lora_rank: int = 8
     # on what

@@ -1,7 +1,9 @@
 """Guards: what would go wrong in silence in somebody's loop, refused before blocks are switched."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +11,41 @@ from torch import Tensor, nn
 from entprog.blocks import Block, by_name, forked_rng
 from entprog.parallel import is_sharded
 
+if TYPE_CHECKING:
+    from entprog.strategy import Progressive
 
-def check_inputs(clock: str, total_steps: int) -> None:
+
+def check_inputs(clock: str, total_steps: int, settings: "Progressive", shrink: Any) -> None:
     """Refuse what EntProg cannot begin with. ValueError with the value and what to do."""
     if clock not in ("wall", "model"):
         raise ValueError(f"clock {clock!r} is unknown: choose 'wall' or 'model'")
     if total_steps < 1:
         raise ValueError(f"total_steps is {total_steps}: give the number of optimizer steps of the whole run")
+    if settings.axes != "blocks" and shrink is None:
+        raise ValueError(
+            f"axes {settings.axes!r} trains on smaller batches, and how yours get smaller only you know: give "
+            "shrink(batch, tokens) -> batch, as entprog.shrinker({'latents': 'BCFHW'}) builds it, and compute the loss "
+            "of prog.shrunk(batch); or set axes to 'blocks'"
+        )
+
+
+def check_settings(settings: "Progressive", saved: Mapping[str, Any]) -> None:
+    """Refuse to go on with another setting than the saved one. ValueError with what differs."""
+    mine, theirs = (json.loads(json.dumps(dict(s))) for s in (asdict(settings), saved))
+    if mine != theirs:
+        differing = {k: (theirs.get(k), v) for k, v in mine.items() if theirs.get(k) != v}
+        raise ValueError(
+            f"the saved state belongs to another setting (saved, now): {differing}: resume with the saved one"
+        )
+
+
+def check_shrunk(steps: int) -> None:
+    """Refuse a loop that has not asked for smaller batches in some steps that were to be small. RuntimeError."""
+    if steps > 8:
+        raise RuntimeError(
+            "training steps should see smaller batches by now, and nobody has asked for one in 8 steps: compute "
+            "loss_fn(model, prog.shrunk(batch)), or set axes to 'blocks'"
+        )
 
 
 def held_out_batches(held_out: Any, train_batches: Callable[[], Iterable[Any]]) -> list[Any]:

@@ -1,11 +1,13 @@
 """What EntProg does about memory: how everything is kept at every switch, the budget, rotation.
 
 Inside a budget a candidate is tried on one batch, without a step, before training goes on with it; what it measures
-corrects every later prediction. What does not fit is kept more thriftily, then made smaller.
+corrects every later prediction. What does not fit is kept more thriftily, then made smaller. Trials are at full size
+where training steps see smaller clips, too: the budget holds for the whole run.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,7 +139,7 @@ def kept(prog: "EntProg", modes: Mapping[str, str]) -> Keeping:
 def largest(prog: "EntProg", candidate: Candidate) -> Candidate:
     """Return the candidate, or the largest smaller one that fits."""
     while not fits(prog, candidate) and candidate.active > 1:
-        candidate = Candidate(candidate.active - 1, candidate.skipped)
+        candidate = replace(candidate, active=candidate.active - 1)
     return candidate
 
 
@@ -240,8 +242,8 @@ def rotate(prog: "EntProg", progress: float) -> None:
     ranking = [n for n in prog.ranking(trainable=True) if n not in (prog.out or ())]
     count = min(prog.wanted.active, len(ranking))
     prog.drawn = rotated(ranking, count, prog.turns, prog.waited, prog.settings.seed)
-    skipped = prog.candidate.skipped if prog.candidate else 0
-    prog.enter(Candidate(prog.wanted.active, skipped), progress, reason="rotated")
+    now = prog.candidate or prog.wanted
+    prog.enter(replace(now, active=prog.wanted.active), progress, reason="rotated")
 
 
 def release(prog: "EntProg") -> None:
@@ -259,7 +261,7 @@ def state(prog: "EntProg") -> dict[str, Any]:
     return {
         "keeping": [prog.keeping.frozen_weights, prog.keeping.checkpointing],
         "ratio": prog.budget.ratio if prog.budget else 1.0,
-        "wanted": [prog.wanted.active, prog.wanted.skipped] if prog.wanted else None,
+        "wanted": list(astuple(prog.wanted)) if prog.wanted else None,
         "rotation": [prog.rotating, prog.turns, prog.period, prog.stage_step],
         "waited": dict(prog.waited),
         "drawn": list(prog.drawn),

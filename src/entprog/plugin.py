@@ -13,23 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprog import memory, parallel
+from entprog import costs, memory, parallel
 from entprog.attention import find_attention
-from entprog.blocks import Block, batch_size, by_name, find_blocks, forked_rng, outside_blocks, record_example
+from entprog.blocks import Block, by_name, find_blocks, outside_blocks, record_example
 from entprog.budget import Budget, Keeping
 from entprog.bypass import choose_bypass
 from entprog.cei import Scores
-from entprog.checkpointing import checkpointed
-from entprog.cost import MODEL_CLOCK_FLOPS, StepCost
-from entprog.guards import candidate_names, check_inputs, check_switchable, held_out_batches
-from entprog.measure import Ledger, held_out_losses, now, saved_bytes
-from entprog.modes import LossFn, Predict, mode_of, predict_by_loss, running
+from entprog.cost import StepCost
+from entprog.guards import (
+    candidate_names,
+    check_inputs,
+    check_settings,
+    check_shrunk,
+    check_switchable,
+    held_out_batches,
+)
+from entprog.measure import Ledger, held_out_losses, saved_bytes
+from entprog.modes import LossFn, Predict, predict_by_loss, running
 from entprog.priority import samples
-from entprog.profiling import cost_of
 from entprog.ranking import boundaries, out_at_most, rank, selected
-from entprog.schedule import SCHEDULES, Candidate, at_least_one, block_modes, block_sizes
+from entprog.schedule import SCHEDULES, Candidate, block_modes, block_sizes, linear
 from entprog.strategy import Progressive, ent_prog
-from entprog.supernet import SEARCHES, TIMING_STEPS, BatchStream, SearchResult, Snapshot, at_average
+from entprog.supernet import SEARCHES, BatchStream, SearchResult, Snapshot, at_average
+from entprog.tokens import WHOLE, Shrink, Tokens
 
 Decide = Callable[[str, Callable[[], Any]], Any]
 
@@ -49,6 +55,8 @@ class EntProg:
     with scaler and clipping. always: names of what was made for the task. t(batch) -> (B,) times for per-tau scores.
     ledger: charged with scoring and search. decide(key, compute): compute(), or what was recorded before a resume.
     max_memory: what training may hold, as "24GiB" or bytes; of the candidates those train that fit (budget.py).
+    shrink(batch, tokens) -> batch: with axes="blocks,tokens", a batch of fewer or smaller frames (tokens.py); the loop
+    then computes loss_fn(model, prog.shrunk(batch)).
 
     Build it before any wrapper (DDP, torch.compile); in several processes after data_parallel or fully_sharded, with
     the same held_out on every rank and train_batches of the rank's own. It leaves `param_groups` as they were;
@@ -77,9 +85,11 @@ class EntProg:
         on_event: Callable[[dict[str, Any]], None] | None = None,
         score_batches: Callable[[], Iterable[Any]] | None = None,
         max_memory: str | int | float | None = None,
+        shrink: Shrink | None = None,
     ) -> None:
-        check_inputs(clock, total_steps)
         self.settings = strategy or ent_prog()
+        check_inputs(clock, total_steps, self.settings, shrink)
+        self.shrink = shrink
         self.model, self.total_steps, self.clock, self.seconds = model, total_steps, clock, seconds
         self.held_out = held_out_batches(held_out, train_batches)
         self.train_batches, self.loss_fn, self.t = train_batches, loss_fn, t
@@ -112,7 +122,9 @@ class EntProg:
         self.peak_bytes = 0  # of scoring, searching and measuring fidelity in this stage, and of its first step's trial
         self.held_bytes = 0  # gradients that a score or fidelity keeps
         self.model_seconds = 0.0  # of scoring, searching and measuring fidelity, by the model clock
-        self._cost: StepCost | None = None
+        self.costs: dict[Tokens, StepCost] = {}
+        self.tokens = WHOLE  # how much of a clip a training step sees now
+        self.unshrunk = 0  # steps since a batch was last shrunk
         self.optimizer: torch.optim.Optimizer | None = None
         self.optimizer_state = self.settings.optimizer_state or ("keep" if max_memory is None else "park")
         self.keeping, self.stepping = Keeping(self.settings.frozen_weights), True
@@ -123,9 +135,9 @@ class EntProg:
         self._stopped = False  # whether the budget kept this stage's search from larger candidates
         self.budget: Budget | None = memory.budget_of(self, max_memory) if max_memory is not None else None
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def loss(self, model: nn.Module, batch: Any, tokens: Tokens = WHOLE) -> Tensor:
         """Return the mean loss; whatever needs gradients in here counts towards the run's peak memory."""
-        self.charge(batch, backward=torch.is_grad_enabled())
+        self.charge(batch, backward=torch.is_grad_enabled(), tokens=tokens)
         if not torch.is_grad_enabled():
             return self.loss_fn(model, batch).mean()
         with saved_bytes(ignore=list(model.parameters())) as held:
@@ -135,12 +147,8 @@ class EntProg:
                 self.peak_bytes = max(self.peak_bytes, memory.held(self, kept))
         return loss
 
-    def charge(self, batch: Any, backward: bool) -> None:
-        """Let the model clock run on by one pass of a batch over the blocks in their present modes."""
-        if self._cost is not None:
-            modes = {b.name: mode_of(b) for b in self.blocks}
-            flops = self.step_flops(modes) if backward else self._cost.prediction(modes)
-            self.model_seconds += batch_size(batch) / self._cost.samples * flops / MODEL_CLOCK_FLOPS
+    def charge(self, batch: Any, backward: bool, tokens: Tokens = WHOLE) -> None:
+        costs.charge(self, batch, backward, tokens)
 
     def prediction(self, model: nn.Module, batch: Any) -> Tensor:
         self.charge(batch, backward=False)
@@ -168,10 +176,14 @@ class EntProg:
             memory.settle_state(self)  # of a resumed run
         if step == self.last_step:
             return
+        self.unshrunk += not self.tokens.whole
+        check_shrunk(self.unshrunk)
+        last = progress is None and step >= self.total_steps - 1 and self.settings.axes != "blocks"
         progress = min(step / self.total_steps, 1 - 1e-9) if progress is None else progress
+        due = max(progress, self.settings.tokens_until) if last else progress  # the last step is at full size
         stage = min(int(progress * self.settings.stages + 1e-9), self.settings.stages - 1)
         period = memory.due(self, step, progress) if stage == self.stage else 0
-        if stage != self.stage or self._restored(progress) or period > self.period:
+        if stage != self.stage or self._restored(progress, due) or period > self.period:
             check_switchable(self.model, by_name(self.blocks, self.candidates), optimizer, self._try)
         self.last_step = step
         if stage != self.stage:
@@ -179,13 +191,17 @@ class EntProg:
         elif period > self.period:
             self.period = period
             memory.rotate(self, progress)
-        if restored := self._restored(progress):
+        if restored := self._restored(progress, due):
             self.enter(restored, progress, reason="restored")
 
-    def _restored(self, progress: float) -> Candidate | None:
-        """Return the present candidate without the blocks that should be back by now; None if none should."""
-        most = out_at_most(self, progress) if self.out else 0
-        return replace(self.candidate, skipped=most) if self.candidate and self.out and most < len(self.out) else None
+    def _restored(self, progress: float, due: float) -> Candidate | None:
+        """Return the present candidate with the blocks and tokens back that should be by now; None if none should."""
+        back, most = self.candidate, out_at_most(self, progress) if self.out else 0
+        if back and self.out and most < len(self.out):
+            back = replace(back, skipped=most)
+        if back and due >= self.settings.tokens_until:
+            back = back.at_full_size
+        return back if back != self.candidate else None
 
     def boundaries(self) -> list[float]:
         """Return the progress marks at which the state changes, for loops that plan in seconds."""
@@ -214,7 +230,7 @@ class EntProg:
             self.bypass_sets = {}  # of an unranked model
         previous, most = self.candidate, out_at_most(self, progress)
         if previous and self.wanted:  # a period of a rotation may have trained fewer
-            previous = Candidate(max(previous.active, self.wanted.active), most)
+            previous = replace(previous, active=max(previous.active, self.wanted.active), skipped=most)
         if self.budget is None and (stage == 0 or self.candidate is None):
             self.switch(Candidate(len(self.candidates)))  # modes are defined from here on
         schedule, sizes = SCHEDULES[self.settings.schedule], block_sizes(self.blocks, self.ranking(trainable=True))
@@ -236,12 +252,19 @@ class EntProg:
         return ranking[: len(self.candidates)] if trainable else ranking
 
     def switch(self, candidate: Candidate) -> None:
-        """Run the blocks as a candidate says (Trial), with the bypass set its fidelity allows."""
+        """Run the blocks as a candidate says (Trial), with the bypass set its fidelity allows, at its token scale."""
+        self.tokens = candidate.tokens
+        if not self.tokens.whole:
+            self.step_cost(self.tokens)  # refuses a scale that saves nothing
         modes = self.modes_of(candidate, self.bypass_set(candidate)[0])
         memory.apply(self, modes, memory.kept(self, modes))
 
     def bypass_set(self, candidate: Candidate) -> tuple[list[str], list[dict[str, Any]]]:
-        """Choose what a candidate bypasses, once a stage, before it trains a step: (names, measured fidelities)."""
+        """Choose what a candidate bypasses, once a stage, before it trains a step: (names, measured fidelities).
+
+        On whole clips: a set holds at any token scale and need not change when full size comes back.
+        """
+        candidate = candidate.at_full_size
         if candidate not in self.bypass_sets:
             self.bypass_sets[candidate] = self._chosen_bypass(candidate)
         return self.bypass_sets[candidate]
@@ -289,6 +312,8 @@ class EntProg:
         size = sum(m == self.settings.frozen for m in self.modes.values())
         point = next((c for c in curve if c["size"] == size), None)
         state = {"stage": self.stage, "reason": reason, "active": self.active, "skipped": self.out, "modes": self.modes}
+        if self.settings.axes != "blocks":
+            state["tokens"] = asdict(candidate.tokens)
         self.emit("modes", progress, **state, fidelity=point, fidelity_curve=curve)
         return candidate
 
@@ -303,8 +328,8 @@ class EntProg:
             result = SEARCHES[settings.search](self, options, self._search_seconds())
         if result is None:
             sizes = block_sizes(self.blocks, self.ranking(trainable=True))
-            m = at_least_one((self.stage + 1) / settings.stages, sizes)
-            chosen = min(options, key=lambda c: (abs(c.active - m), c.skipped))
+            usual = linear(self.stage, settings.stages, sizes, settings, None, self._search)
+            chosen = min(options, key=lambda c: (abs(c.active - usual.active), c.skipped, c.tokens != usual.tokens))
             result = SearchResult(settings.search, chosen, 0)
             result.note = "search unaffordable" if len(options) > 1 else "one candidate"
         self._stopped = self._stopped and result.chosen.active == max(c.active for c in options)
@@ -319,59 +344,30 @@ class EntProg:
         return steps * self.full_step_seconds()
 
     def full_step_seconds(self) -> float:
-        return float(self.decide("full step seconds", self._full_step_timed))
+        return float(self.decide("full step seconds", lambda: costs.full_step_seconds(self)))
 
-    def _full_step_timed(self) -> float:
-        """Time the full step, or the largest that the memory allows, scaled by FLOPs."""
-        whole = Candidate(len(self.candidates))
-        timed = memory.largest(self, whole)
-        seconds = self._timed(timed)
-        if timed == whole:
-            return seconds
-        modes = self.modes_of(timed, self.bypass_set(timed)[0])
-        return seconds * self.step_flops(self.modes_of(whole, ())) / self.step_flops(modes)
+    def step_cost(self, tokens: Tokens = WHOLE) -> StepCost:
+        return costs.step_cost(self, tokens)
 
-    def step_cost(self) -> StepCost:
-        if self._cost is None:
-            with forked_rng(0):
-                batch = next(iter(self.score_batches()))
-            self._cost = cost_of(
-                self.model, self.blocks, lambda: self.loss_fn(self.model, batch), batch_size(batch), self.new
-            )
-        return self._cost
-
-    def step_flops(self, modes: Mapping[str, str]) -> int:
+    def step_flops(self, modes: Mapping[str, str], tokens: Tokens = WHOLE) -> int:
         """Return the FLOPs of a training step in some modes, blocks checkpointed as they are now."""
-        outside, again = memory.outside(self, modes), checkpointed(self.blocks)
-        return self.step_cost().step(memory.with_adapters(self, modes), outside=outside, checkpointed=again)
+        return costs.step_flops(self, modes, tokens)
 
     def estimate(self, candidate: Candidate) -> float:
         """Seconds of one training step of a candidate (Trial), by FLOPs from the one timed full step."""
-        whole = self.modes_of(Candidate(len(self.candidates)), ())
-        flops = [self.step_flops(modes) for modes in (self.modes_of(candidate), whole)]
-        return self.full_step_seconds() * flops[0] / flops[1]
+        return costs.estimate(self, candidate)
 
     def cost(self, candidate: Candidate) -> float:
         """Seconds of one training step of a candidate (Trial): FLOPs by the model clock, else timed and recorded."""
-        key = f"step seconds, stage {self.stage}, {candidate.active} active, {candidate.skipped} skipped"
-        return float(self.decide(key, lambda: self._timed(candidate)))
+        return float(
+            self.decide(f"step seconds, stage {self.stage}, {candidate}", lambda: costs.timed(self, candidate))
+        )
 
-    def _timed(self, candidate: Candidate) -> float:
-        before, keeping = self.modes, self.keeping
-        self.switch(candidate)
-        if self.clock == "model":
-            seconds = self.step_flops(self.modes) / MODEL_CLOCK_FLOPS
-        else:
-            start, times = self.snapshot(), []
-            for _ in range(TIMING_STEPS):
-                begun = now()
-                self.train(0, 1)
-                times.append(parallel.slowest(self.model, now() - begun))
-            start.restore()
-            seconds = min(times[1:])  # the first step after a switch does not count
-        if before:
-            memory.apply(self, before, keeping)
-        return seconds
+    def shrunk(self, batch: Any, tokens: Tokens | None = None) -> Any:
+        """Return what a training step sees of a batch now, or at another token scale: shrink(batch, tokens)."""
+        self.unshrunk = 0
+        tokens = self.tokens if tokens is None else tokens
+        return batch if tokens.whole or self.shrink is None else self.shrink(batch, tokens)
 
     def train(self, start: int, steps: int) -> None:
         """Train on the stage's batches start, start + 1, ... (Trial)."""
@@ -379,7 +375,7 @@ class EntProg:
         for i in range(start, start + steps):
             batch = self.stream[i]
             with parallel.own_noise(self.model, 1000 + i):
-                self._backward(self.loss(self.model, batch))
+                self._backward(self.loss(self.model, self.shrunk(batch), self.tokens))
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
 
@@ -415,7 +411,7 @@ class EntProg:
             "decisions": self.decisions,
             "search_steps": self.search_steps,
             "model_seconds": self.model_seconds,
-            "step_cost": self.step_cost().to_json(),
+            "costs": costs.state(self),
             "settings": asdict(self.settings),
             "memory": memory.state(self),
             "bypass_sets": [[asdict(c), *found] for c, found in self.bypass_sets.items()],
@@ -427,20 +423,16 @@ class EntProg:
         state_dict() and save_pretrained() of the model hold its own weights before that, too.
         """
         memory.release(self)
+        self.tokens = WHOLE
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where state_dict left off. ValueError if the setting is another one."""
-        mine = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
-        theirs = {k: list(v) if isinstance(v, tuple) else v for k, v in state["settings"].items()}
-        if mine != theirs:
-            differing = {k: (theirs.get(k), v) for k, v in mine.items() if theirs.get(k) != v}
-            raise ValueError(
-                f"the saved state belongs to another setting (saved, now): {differing}: resume with the saved one"
-            )
+        check_settings(self.settings, state["settings"])
         self.stage, self.last_step, self.search_steps = state["stage"], state["last_step"], state["search_steps"]
         self.model_seconds = state["model_seconds"]
-        self._cost = StepCost(**state["step_cost"], fill=self.step_cost().fill)
+        costs.load(self, state["costs"])
         self.candidate = Candidate(**state["candidate"]) if state["candidate"] else None
+        self.tokens = self.candidate.tokens if self.candidate else WHOLE
         self.scores = Scores(**state["scores"]) if state["scores"] else None
         self.skip_order, self.out = list(state["skip_order"]), state["out"]
         self.decisions = dict(state["decisions"])

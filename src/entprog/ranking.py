@@ -113,7 +113,7 @@ def out_at_most(prog: "EntProg", progress: float) -> int:
 
 
 def boundaries(prog: "EntProg") -> list[float]:
-    """Return the progress marks at which stages begin and blocks come back.
+    """Return the progress marks at which stages begin and blocks or tokens come back.
 
     Where blocks differ in size, how many sit out depends on the ranking; before there is one it is a guess.
     """
@@ -121,6 +121,8 @@ def boundaries(prog: "EntProg") -> list[float]:
     if settings.skip:
         count = at_most(settings.skip, block_sizes(prog.blocks, prog.ranking(trainable=True)))
         marks += [settings.restore_at * mark for mark in RESTORES[settings.restore](count)]
+    if settings.axes != "blocks":
+        marks.append(settings.tokens_until)
     return sorted(set(marks))
 
 

@@ -7,17 +7,19 @@ trains them from the present weights and returns the one that paid (supernet.py)
 A share of the blocks is a share of their parameters: HunyuanVideo's and Flux's double blocks are 2.4 times as large as
 single ones. `count` is therefore the ranked blocks' sizes, best first; a plain number stands for so many equal blocks.
 
-Where growth stops, `rotated` says which blocks train in turn.
+Where growth stops, `rotated` says which blocks train in turn. With the token axis a candidate also says how much of a
+clip a training step sees.
 """
 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from entprog.blocks import Block
+from entprog.tokens import WHOLE, Tokens
 
 if TYPE_CHECKING:
     from entprog.strategy import Progressive
@@ -30,10 +32,37 @@ class Candidate:
     """`active` blocks train, the best of the ranking, but for those among them that still sit out.
 
     `skipped` sit out, of the other blocks and then of these those that change the prediction least (`block_sets`).
+
+    Training steps see a share of a clip's `frames`, their height and width scaled by `size`.
     """
 
     active: int
     skipped: int = 0
+    frames: float = 1.0
+    size: float = 1.0
+
+    @property
+    def tokens(self) -> Tokens:
+        """Return how much of a clip its training steps see."""
+        return Tokens(self.frames, self.size)
+
+    @property
+    def restored(self) -> "Candidate":
+        """Return it with all blocks back, at full size."""
+        return Candidate(self.active)
+
+    @property
+    def at_full_size(self) -> "Candidate":
+        """Return it with whole clips."""
+        return self.at(WHOLE)
+
+    def at(self, tokens: Tokens) -> "Candidate":
+        """Return it at a token scale."""
+        return replace(self, frames=tokens.frames, size=tokens.size)
+
+    def __str__(self) -> str:
+        blocks = f"{self.active} active, {self.skipped} skipped"
+        return blocks if self.tokens.whole else f"{blocks}, {self.tokens}"
 
 
 Search = Callable[[Sequence[Candidate]], Candidate]
@@ -73,29 +102,45 @@ def at_most(share: float, count: Sizes) -> int:
 def fixed(
     stage: int, stages: int, count: Sizes, settings: "Progressive", previous: Candidate | None, search: Search
 ) -> Candidate:
-    """Return the same share of the blocks in every stage, settings.active_share."""
-    return Candidate(at_least_one(settings.active_share, count), at_most(settings.skip, count))
+    """Return the same share of the blocks in every stage, settings.active_share, at the grid's smallest token scale."""
+    chosen = Candidate(at_least_one(settings.active_share, count), at_most(settings.skip, count))
+    return chosen.at(small_tokens(settings, stage / stages)[0])
 
 
 def linear(
     stage: int, stages: int, count: Sizes, settings: "Progressive", previous: Candidate | None, search: Search
 ) -> Candidate:
-    """Return m_k = L * k / K trainable blocks in stage k = 1 .. K (Ent-Prog's ablation "without adaptive")."""
-    return Candidate(at_least_one((stage + 1) / stages, count), at_most(settings.skip, count))
+    """Return m_k = L * k / K trainable blocks in stage k = 1 .. K (Ent-Prog's ablation "without adaptive").
+
+    Token scales grow, too: the grid's in turn, as evenly as the stages that begin before tokens_until allow.
+    """
+    chosen = Candidate(at_least_one((stage + 1) / stages, count), at_most(settings.skip, count))
+    small = small_tokens(settings, stage / stages)
+    begun_small = math.ceil(settings.tokens_until * stages - 1e-9)
+    return chosen.at(small[min(stage * len(small) // max(1, begun_small), len(small) - 1)])
 
 
 def adaptive(
     stage: int, stages: int, count: Sizes, settings: "Progressive", previous: Candidate | None, search: Search
 ) -> Candidate:
     """Return the candidate that the nested supernet finds to pay most per second."""
-    return search(candidates(count, settings, previous))
+    scales = [*small_tokens(settings, stage / stages), WHOLE]
+    return search(candidates(count, settings, previous, scales))
 
 
-def candidates(count: Sizes, settings: "Progressive", previous: Candidate | None) -> list[Candidate]:
-    """List what a stage may choose from: m on {L/8, L/4, L/2, 3L/4, L} and skipped counts on {0, L/4, L/2}.
+def small_tokens(settings: "Progressive", progress: float) -> list[Tokens]:
+    """Return the token grid's smaller scales, fewest tokens first; only the whole where none may train (any more)."""
+    small = [t for t in settings.tokens if not t.whole] if progress < settings.tokens_until else []
+    return small or [WHOLE]
 
-    m never shrinks and the number skipped never grows from stage to stage, and staying is allowed; nothing is skipped
-    unless settings.skip is above 0, and at most that share.
+
+def candidates(
+    count: Sizes, settings: "Progressive", previous: Candidate | None, scales: Sequence[Tokens] = (WHOLE,)
+) -> list[Candidate]:
+    """List what a stage may choose from: m on {L/8, L/4, L/2, 3L/4, L}, skipped counts on {0, L/4, L/2}, token scales.
+
+    m never shrinks, the number skipped never grows and tokens never get fewer from stage to stage, and staying is
+    allowed; nothing is skipped unless settings.skip is above 0, and at most that share.
     """
     grid = {at_least_one(share, count) for share in settings.grid}
     least = 1 if previous is None else previous.active
@@ -104,7 +149,10 @@ def candidates(count: Sizes, settings: "Progressive", previous: Candidate | None
         grid.add(previous.active)
         most_skipped = min(most_skipped, previous.skipped)
     skips = {0, most_skipped} | {s for s in (at_most(0.25, count), at_most(0.5, count)) if s <= most_skipped}
-    return sorted(Candidate(m, s) for m in grid for s in skips if m >= least and m + s <= number(count))
+    fewest = 0.0 if previous is None else previous.tokens.share
+    allowed = {t for t in scales if t.share >= fewest}
+    blocks = [Candidate(m, s) for m in grid for s in skips if m >= least and m + s <= number(count)]
+    return sorted(c.at(t) for c in blocks for t in allowed)
 
 
 SCHEDULES: dict[str, Schedule] = {"fixed": fixed, "linear": linear, "adaptive": adaptive}

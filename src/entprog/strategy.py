@@ -16,6 +16,7 @@ from entprog.optim import KEEP
 from entprog.priority import PRIORITIES, lookup
 from entprog.schedule import RESTORES, SCHEDULES
 from entprog.supernet import SEARCHES
+from entprog.tokens import WHOLE, Tokens
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Progressive:
     set of the same size (`rotated`); None: nested until max_memory stops it, then rotating. rotate_every: steps of a
     period, by default an eighth of a stage. seed: of the rotation. selection: the "top" of the ranking trains, or the
     "cost_aware" set of largest score whose step costs no more, where gradients pass through what lies behind it.
+    axes: what a candidate is made of, "blocks" or "blocks,tokens": training steps, and those of searches, then see
+    smaller clips, as pairs (share of the frames, scale of height and width) of token_grid, until tokens_until of the
+    run. `fixed` takes the smallest, `linear` all in turn, `adaptive` what pays; full size is always in the grid.
     """
 
     priority: str = "cei"
@@ -64,6 +68,16 @@ class Progressive:
     rotate_every: int | None = None
     selection: str = "top"
     seed: int = 0
+    axes: str = "blocks"
+    token_grid: tuple[tuple[float, float], ...] = ((0.5, 1.0),)
+    tokens_until: float = 0.5
+
+    @property
+    def tokens(self) -> list[Tokens]:
+        """Return the token scales of training steps, fewest tokens first, the whole last."""
+        if self.axes == "blocks":
+            return [WHOLE]
+        return sorted({Tokens(*pair) for pair in self.token_grid} | {WHOLE}, key=lambda t: (t.share, t))
 
     def __post_init__(self) -> None:
         for priority in (self.priority, *self.also_score):
@@ -79,10 +93,12 @@ class Progressive:
             ("optimizer_state", (None, "keep", *KEEP)),
             ("growth", (None, "nested", "rotate")),
             ("selection", ("top", "cost_aware")),
+            ("axes", ("blocks", "blocks,tokens")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown: choose one of {choices}")
         shares = {"active_share": self.active_share, "restore_at": self.restore_at, "1 - skip": 1 - self.skip}
+        shares |= {"tokens_until": self.tokens_until}
         if self.stages < 1 or not all(0 < share <= 1 for share in shares.values()):
             raise ValueError(f"stages ({self.stages}) must be at least 1 and {shares} each in (0, 1]")
         budgets = (self.search_budget, self.score_budget)
@@ -91,6 +107,7 @@ class Progressive:
                              "least 0")  # fmt: skip
         if not 0 <= self.min_fidelity <= 1:
             raise ValueError(f"min_fidelity {self.min_fidelity} is a cosine that bounds from below: choose in [0, 1]")
+        self._check_tokens()
         if self.rotate_every is not None and self.rotate_every < 1:
             raise ValueError(f"rotate_every {self.rotate_every} must be at least 1 step: hundreds are sensible")
         if self.selection == "cost_aware" and (self.frozen != "pass" or self.growth == "rotate"):
@@ -107,6 +124,21 @@ class Progressive:
             raise ValueError(
                 f"adapters train inside frozen blocks, which then have to run: set frozen to 'pass' and skip to 0, not "
                 f"{self.frozen!r} and {self.skip}"
+            )
+
+    def _check_tokens(self) -> None:
+        if any(len(pair) != 2 for pair in self.token_grid):
+            raise ValueError(
+                f"token_grid {self.token_grid} needs pairs: share of the frames, scale of height and width"
+            )
+        try:
+            [Tokens(*pair) for pair in self.token_grid]
+        except ValueError as error:
+            raise ValueError(f"token_grid {self.token_grid}: {error}") from None
+        if self.axes != "blocks" and (self.tokens_until >= 1 or len(self.tokens) < 2):
+            raise ValueError(
+                f"axes {self.axes!r} needs a token_grid with less than (1, 1), not {self.token_grid}, and tokens_until "
+                f"below 1, not {self.tokens_until}: a run ends at full size"
             )
 
 

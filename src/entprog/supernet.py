@@ -13,8 +13,9 @@ and the estimators differ in whose loss change is charged to whom:
     literal   one trajectory, and every candidate is credited with the whole change: the sum telescopes to the same
               number for all, so the cheapest always wins. Kept to show that.
 
-Candidates that skip blocks are judged by the whole network after a few steps with the blocks back (PROBE_STEPS), which
-are charged to the search and rolled back: while blocks are out its loss looks worse than it will be.
+Candidates that skip blocks or tokens are judged by the whole network on whole clips after a few steps with everything
+back (PROBE_STEPS), which are charged to the search and rolled back: while blocks or tokens are out its loss looks worse
+than it will be.
 """
 
 import math
@@ -49,10 +50,13 @@ class Trial(Protocol):
         """Train and run the blocks as the candidate says."""
 
     def train(self, start: int, steps: int) -> None:
-        """Train on batches start, start + 1, ...; the same start gives the same batches and noise."""
+        """Train on batches start, start + 1, ..., at the candidate's token scale.
+
+        The same start gives the same batches and noise.
+        """
 
     def losses(self) -> Tensor:
-        """Held-out losses (n,) of the whole network: fixed times and noise, eval mode."""
+        """Held-out losses (n,) of the whole network on whole clips: fixed times and noise, eval mode."""
 
     def snapshot(self) -> "Snapshot":
         """Copy everything training changes."""
@@ -243,7 +247,7 @@ def affordable(trial: Trial, candidates: Sequence[Candidate], seconds: float) ->
 
 def _seconds_per_step(trial: Trial, candidate: Candidate) -> float:
     """Seconds per step, with the probe's steps spread over the first rung's."""
-    probe = PROBE_STEPS * trial.estimate(Candidate(candidate.active)) if candidate.skipped else 0.0
+    probe = PROBE_STEPS * trial.estimate(candidate.restored) if candidate != candidate.restored else 0.0
     return trial.estimate(candidate) + probe / FIRST_STEPS
 
 
@@ -288,8 +292,8 @@ def race(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> Searc
 def _advance(trial: Trial, racer: _Racer, seconds: float) -> None:
     """Train one racer for some seconds more on its own trajectory and measure the whole network."""
     racer.snapshot.restore()
-    candidate, restored = racer.candidate, Candidate(racer.candidate.active)
-    probe = PROBE_STEPS if candidate.skipped else 0
+    candidate, restored = racer.candidate, racer.candidate.restored
+    probe = PROBE_STEPS if candidate != restored else 0
     steps = max(1, int((seconds - probe * trial.cost(restored)) / trial.cost(candidate)))
     trial.switch(candidate)
     trial.train(racer.steps, steps)
@@ -333,8 +337,9 @@ def _one_cycle(trial: Trial, candidates: Sequence[Candidate]) -> float:
 
 
 def _restored(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return how the blocks run while candidates that skip are looked at: all back; None if no candidate skips."""
-    return Candidate(max(c.active for c in candidates)) if any(c.skipped for c in candidates) else None
+    """Return how candidates that skip blocks or tokens are looked at: everything back; None if no candidate skips."""
+    skips = any(c != c.restored for c in candidates)
+    return Candidate(max(c.active for c in candidates)) if skips else None
 
 
 def _look(trial: Trial, restored: Candidate | None, position: int) -> Tensor:

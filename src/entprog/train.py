@@ -9,9 +9,9 @@ Under torchrun or accelerate launch each process takes its share of every batch,
 (parallel.py), and rank 0 alone writes the run folder, which every process must see to resume.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from entprog import memory
 from entprog.blocks import find_blocks, record_example
-from entprog.checkpoint import RunLog, load_checkpoint, named_state, put_back, save_checkpoint
+from entprog.checkpoint import RunLog, load_checkpoint, named_state, put_back, save_checkpoint, write_results
 from entprog.config import RunConfig, check_same
 from entprog.cost import MODEL_CLOCK_FLOPS, StepCost
 from entprog.data.batches import Batch, Data, batch_at, fixed_batches, to_device
@@ -31,11 +31,14 @@ from entprog.ema import Ema
 from entprog.measure import NET, Ledger, held_out_losses, now, saved_bytes, training_bytes
 from entprog.metrics.protocol import mean_interval
 from entprog.models.pretrained import batch_settings, candidate_blocks, freeze_for_good, new_modules, predict_and_loss
+from entprog.models.shrinking import shrink_of
 from entprog.modes import running
+from entprog.optim import cosine
 from entprog.parallel import agreed, data_parallel, on_cpus
 from entprog.plugin import EntProg
 from entprog.profiling import cost_of, trained_outside
 from entprog.strategy import add_adapters, add_lora
+from entprog.tokens import WHOLE, Tokens
 
 
 class Trainer:
@@ -88,7 +91,7 @@ class Trainer:
         self.curve: list[dict[str, float]] = []
         self.stages: dict[int, dict[str, float]] = {}
         self.peak_bytes, self.byte_steps, self.step_bytes = 0, 0.0, 0
-        self.measured_modes: Any = None
+        self.measured_at: Any = None
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
@@ -124,7 +127,7 @@ class Trainer:
             strategy=settings, blocks=self.blocks, candidates=[b.name for b in self.candidates],
             t=lambda batch: batch["t"], clock=self.config.clock, seconds=self.config.seconds, ledger=self.ledger,
             decide=self._record_decision, on_event=self._write_event, score_batches=self._complete,
-            max_memory=self.config.max_memory,
+            max_memory=self.config.max_memory, shrink=shrink_of(self.config, self.model),
         )  # fmt: skip
 
     @property
@@ -248,6 +251,10 @@ class Trainer:
         mode = "lora" if self.config.strategy == "lora" else "train"
         return {b.name: mode if b in self.candidates else "pass" for b in self.blocks}
 
+    def _setting(self) -> list[Any]:
+        """Return what a step's cost depends on: modes, and how much of a clip it sees."""
+        return [self._modes(), *astuple(self.prog.tokens if self.prog else WHOLE)]
+
     def _plan(self, begin: float, end: float) -> int:
         """Return how many steps bring the run from one mark to the next."""
         if self.config.steps is not None:
@@ -260,28 +267,24 @@ class Trainer:
 
     def _step_seconds(self) -> float | None:
         """Seconds of a step in the present modes: by FLOPs, or the recent steps', rescaled if the modes changed."""
-        flops = self._flops(self._modes())
+        flops = self._flops(*self._setting())
         if self.config.clock == "model":
             return flops / MODEL_CLOCK_FLOPS
         if not self.times:
             return None
-        return median(self.times) * flops / self._flops(self.measured_modes)
+        return median(self.times) * flops / self._flops(*self.measured_at)
 
-    def _flops(self, modes: dict[str, str]) -> int:
+    def _flops(self, modes: dict[str, str], frames: float, size: float) -> int:
         if self.prog:
-            return self.prog.step_flops(modes)
+            return self.prog.step_flops(modes, Tokens(frames, size))
         if self.cost is None:
             batch = self._batch(0, complete=True)
             self.cost = cost_of(self.model, self.blocks, lambda: self.loss_fn(self.model, batch))
         return self.cost.step(modes, outside=trained_outside(self.model, self.blocks))
 
-    def _lr(self, progress: float) -> float:
-        warm = min(1.0, (progress + 1e-3) / self.config.lr_warmup) if self.config.lr_warmup else 1.0
-        return self.config.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
-
     def _set_lr(self, progress: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(progress)
+            group["lr"] = cosine(self.config.lr, progress, self.config.lr_warmup)
 
     def _backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
@@ -293,8 +296,9 @@ class Trainer:
         with self.ledger("training"):
             self._set_lr(progress)
             self._step_strategy(progress)
-            switched = self._modes() != self.measured_modes
+            switched = self._setting() != self.measured_at
             batch = self._batch(self.position, complete=switched)  # what is measured has all its conditions
+            batch = self.prog.shrunk(batch) if self.prog else batch
             begun = now()
             loss = self._measured_loss(batch) if switched else self.loss_fn(self.wrapped, batch).mean()
             self._backward(loss)
@@ -315,15 +319,13 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
         with saved_bytes(ignore=list(self.wrapped.parameters())) as held:
             loss = self.loss_fn(self.wrapped, batch).mean()
-            if self.prog:
-                self.step_bytes = memory.held(self.prog, held())
-            else:
-                self.step_bytes = training_bytes(self.wrapped, self.optimizer, held())
-        self.measured_modes, self.times = dict(self._modes()), []
+            prog, kept = self.prog, held()
+            self.step_bytes = memory.held(prog, kept) if prog else training_bytes(self.wrapped, self.optimizer, kept)
+        self.measured_at, self.times = self._setting(), []
         return loss
 
     def _account(self) -> None:
-        seconds = self._flops(self._modes()) / MODEL_CLOCK_FLOPS
+        seconds = self._flops(*self._setting()) / MODEL_CLOCK_FLOPS
         self.model_seconds += seconds
         stage = self.stages.setdefault(self.prog.stage if self.prog else 0, {"peak_bytes": 0, "seconds": 0.0})
         stage["peak_bytes"] = max(stage["peak_bytes"], self.step_bytes, self.prog.peak_bytes if self.prog else 0)
@@ -364,7 +366,7 @@ class Trainer:
             "step": self.step, "segment": self.segment, "within": self.within, "curve": self.curve,
             "stages": {str(k): v for k, v in self.stages.items()}, "peak_bytes": self.peak_bytes,
             "byte_steps": self.byte_steps, "model_seconds": self.model_seconds, "events": self.log.count,
-            "times": self.times, "measured_modes": self.measured_modes, "step_bytes": self.step_bytes,
+            "times": self.times, "measured_at": self.measured_at, "step_bytes": self.step_bytes,
             "ledger": self.ledger.summary(), "ema_updates": self.ema.updates,
             "prog": self.prog.state_dict() if self.prog else None,
             "peak_search": self.prog.peak_bytes if self.prog else 0,
@@ -390,7 +392,7 @@ class Trainer:
 
     def _load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         for key in ("step", "segment", "within", "curve", "peak_bytes", "byte_steps", "model_seconds", "times",
-                    "measured_modes", "step_bytes"):  # fmt: skip
+                    "measured_at", "step_bytes"):  # fmt: skip
             setattr(self, key, state[key])
         self.stages = {int(k): v for k, v in state["stages"].items()}
         self.ledger.seconds |= {k: v for k, v in state["ledger"]["seconds"].items() if k != "other"}
@@ -442,9 +444,5 @@ class Trainer:
 
     def write_results(self, results: dict[str, Any]) -> dict[str, Any]:
         """Write results.json and ledger.json, completed by the wall time; returns the results."""
-        ledger = self.ledger.summary()
         stages = [{"stage": k} | v for k, v in sorted(self.stages.items())]
-        (self.out / "ledger.json").write_text(json.dumps(ledger | {"stages": stages}, indent=1) + "\n")
-        results = {"metrics": {}} | results | {"wall_seconds": ledger["wall"]}
-        (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        return results
+        return write_results(self.out, self.ledger.summary() | {"stages": stages}, {"metrics": {}} | results)

@@ -40,9 +40,16 @@ def sincos(positions: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-def frame_positions(x: Tensor) -> Tensor:
-    """Embed the numbers of the frames of x (B, F, N, D), -> (F, 1, D)."""
-    return sincos(torch.arange(x.shape[1], device=x.device), x.shape[-1])[:, None].to(x.dtype)
+def places(count: int, device: torch.device, scale: Tensor | None = None) -> Tensor:
+    """Return where `count` tokens in a row lie; on a side scaled by `scale` in the middle of what each stands for."""
+    row = torch.arange(count, device=device)
+    return row if scale is None else (row + 0.5) / scale - 0.5
+
+
+def frame_positions(x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Embed the numbers of the frames of x (B, F, N, D), every (1 / scale)-th of a clip's, -> (F, 1, D)."""
+    numbers = torch.arange(x.shape[1], device=x.device)
+    return sincos(numbers if scale is None else numbers / scale, x.shape[-1])[:, None].to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -135,13 +142,14 @@ class PoseDiTBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(hidden_size, inner), nn.GELU(), nn.Linear(inner, hidden_size))
         self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:  # x (B, F+1, N, D), c (B, 6, D)
+    def forward(self, x: Tensor, c: Tensor, frame_scale: Tensor | None = None) -> Tensor:
+        # x (B, F+1, N, D), c (B, 6, D)
         modulation = (self.scale_shift_table + c)[:, :, None, None].unbind(1)  # 6 x (B, 1, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         still, x = (x[:, :1], x[:, 1:]) if self.motion_module else (None, x)
         h = self.norm1(x) * (1 + scale1) + shift1
         if self.motion_module:
-            h = h + frame_positions(x)
+            h = h + frame_positions(x, frame_scale)
         x = x + gate1 * self.attention(h, self.qkv, self.proj)
         x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return x if still is None else torch.cat((still, x), dim=1)
@@ -166,6 +174,8 @@ class PoseDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     Args of `forward`: sample (B, C, F, H, W); timestep (B,) in [0, 1], 1 is noise; pose (B, 3, F, H_p, W_p) or None;
     reference (B, C, H, W) or None; reference_pose (B, 3, H_p, W_p) or None. None stands for the dropped condition.
+    grid_scale (B, 3), alike for all samples, of clips that were made smaller (tokens.py): 1 / the stride of frames, and
+    what height and width were scaled by; tokens then lie where those of the whole clip do.
     `pose_stride` is the number of pose-map
     pixels per token side: patch_size for pixel models, patch_size * 8 for latents of an 8x autoencoder.
     """
@@ -223,14 +233,15 @@ class PoseDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for parameter in self.pose_guider.proj_out.parameters():
             nn.init.zeros_(parameter)
 
-    def _tokens(self, frames: Tensor) -> Tensor:
-        """Patch-embed frames (B, F, C, H, W) with their place, -> (B, F, N, D)."""
+    def _tokens(self, frames: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Patch-embed frames (B, F, C, H, W) with their place, -> (B, F, N, D); scale: (3,), a row of grid_scale."""
         tokens = self.x_embedder(frames.flatten(0, 1))  # (B*F, D, h, w)
         dim, height, width = tokens.shape[1:]
-        rows = sincos(torch.arange(height, device=tokens.device), dim // 2)[:, None].expand(-1, width, -1)
-        columns = sincos(torch.arange(width, device=tokens.device), dim // 2)[None].expand(height, -1, -1)
-        places = torch.cat((rows, columns), -1).flatten(0, 1).to(tokens.dtype)
-        return (tokens.flatten(2).transpose(1, 2) + places).unflatten(0, frames.shape[:2])
+        down, right = (None, None) if scale is None else scale[1:]
+        rows = sincos(places(height, tokens.device, down), dim // 2)[:, None].expand(-1, width, -1)
+        columns = sincos(places(width, tokens.device, right), dim // 2)[None].expand(height, -1, -1)
+        where = torch.cat((rows, columns), -1).flatten(0, 1).to(tokens.dtype)
+        return (tokens.flatten(2).transpose(1, 2) + where).unflatten(0, frames.shape[:2])
 
     def unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
         """Tokens (B, F, N, p*p*C) to video (B, C, F, H, W)."""
@@ -254,30 +265,33 @@ class PoseDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
         pose: Tensor | None = None,
         reference: Tensor | None = None,
         reference_pose: Tensor | None = None,
+        grid_scale: Tensor | None = None,
     ) -> Tensor:
         self._check(sample, pose)
         batch, _, frames, height, width = sample.shape
-        x = self._tokens(sample.transpose(1, 2))  # (B, F, N, D)
+        scale = None if grid_scale is None else grid_scale[0]
+        x = self._tokens(sample.transpose(1, 2), scale)  # (B, F, N, D)
         if not self.config["motion_modules"]:
-            x = x + frame_positions(x)
+            x = x + frame_positions(x, None if scale is None else scale[0])
         if pose is not None:
             x = x + self.pose_guider(pose)
         if reference is None:
             still = self.null_reference.expand(batch, 1, x.shape[2], -1)
         else:
-            still = self._tokens(reference[:, None]) + self.reference_embedding
+            still = self._tokens(reference[:, None], scale) + self.reference_embedding
             if reference_pose is not None:
                 still = still + self.pose_guider(reference_pose[:, :, None])
         x = torch.cat((still, x), dim=1)  # (B, F+1, N, D)
         t = self.t_embedder(timestep)
         c = self.adaLN_modulation(t).unflatten(1, (6, -1))
+        given = (c,) if scale is None else (c, scale[0])
         for block in self.blocks:
             if frames == 1 and block.motion_module:
                 continue
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, c)
+                x = self._gradient_checkpointing_func(block, x, *given)
             else:
-                x = block(x, c)
+                x = block(x, *given)
         return self.unpatchify(self.final_layer(x[:, 1:], t), height, width)
 
 

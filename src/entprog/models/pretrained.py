@@ -90,8 +90,9 @@ def _tokens(autoencoder: str, patch_size: int) -> dict[str, int]:
 
 
 def conditioned(model: nn.Module, x_t: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-    """Call a PoseDiT-like model with the conditions that are there."""
-    known = {k: conditions[k] for k in ("pose", "reference", "reference_pose") if k in conditions}
+    """Call a PoseDiT-like model with the conditions that are there, and where the tokens of a smaller clip lie."""
+    names = ("pose", "reference", "reference_pose", "grid_scale")
+    known = {k: conditions[k] for k in names if k in conditions}
     return model(x_t, t, **known)
 
 

@@ -1,0 +1,106 @@
+"""What a training step costs in EntProg's runs: FLOPs counted at each token scale, or seconds that were timed.
+
+A smaller step is counted, not reckoned: attention makes its FLOPs fall faster than its tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import astuple
+from typing import TYPE_CHECKING, Any
+
+from entprog import memory, parallel
+from entprog.blocks import batch_size, forked_rng
+from entprog.checkpointing import checkpointed
+from entprog.cost import MODEL_CLOCK_FLOPS, StepCost
+from entprog.measure import now
+from entprog.modes import mode_of
+from entprog.profiling import cost_of
+from entprog.schedule import Candidate
+from entprog.supernet import TIMING_STEPS
+from entprog.tokens import WHOLE, Tokens
+
+if TYPE_CHECKING:
+    from entprog.plugin import EntProg
+
+
+def step_cost(prog: "EntProg", tokens: Tokens) -> StepCost:
+    """Return the FLOPs of a step at a token scale, counted once. ValueError if shrinking saves none."""
+    if tokens not in prog.costs:
+        with forked_rng(0):
+            batch = next(iter(prog.score_batches()))
+            small = prog.shrunk(batch, tokens)
+        prog.costs[tokens] = cost_of(
+            prog.model, prog.blocks, lambda: prog.loss_fn(prog.model, small), batch_size(small), prog.new
+        )
+        if not tokens.whole:
+            flops, whole = prog.costs[tokens].prediction({}), step_cost(prog, WHOLE).prediction({})
+            if flops >= whole:
+                raise ValueError(
+                    f"shrink(batch, tokens) leaves {flops} of {whole} FLOPs at {tokens}: it must return a smaller "
+                    "batch, of fewer frames or smaller ones; a patch that does not divide further needs a larger scale"
+                )
+    return prog.costs[tokens]
+
+
+def step_flops(prog: "EntProg", modes: Mapping[str, str], tokens: Tokens) -> int:
+    """Return the FLOPs of a training step in some modes at a token scale, blocks checkpointed as they are now."""
+    outside, again = memory.outside(prog, modes), checkpointed(prog.blocks)
+    return step_cost(prog, tokens).step(memory.with_adapters(prog, modes), outside=outside, checkpointed=again)
+
+
+def charge(prog: "EntProg", batch: Any, backward: bool, tokens: Tokens) -> None:
+    """Let the model clock run on by one pass of a batch, at a token scale, over the blocks in their present modes."""
+    if prog.costs:
+        cost = step_cost(prog, tokens)
+        modes = {b.name: mode_of(b) for b in prog.blocks}
+        flops = step_flops(prog, modes, tokens) if backward else cost.prediction(modes)
+        prog.model_seconds += batch_size(batch) / cost.samples * flops / MODEL_CLOCK_FLOPS
+
+
+def full_step_seconds(prog: "EntProg") -> float:
+    """Time the full step, or the largest that the memory allows, scaled by FLOPs."""
+    whole = Candidate(len(prog.candidates))
+    largest = memory.largest(prog, whole)
+    seconds = timed(prog, largest)
+    if largest == whole:
+        return seconds
+    modes = prog.modes_of(largest, prog.bypass_set(largest)[0])
+    return seconds * prog.step_flops(prog.modes_of(whole, ())) / prog.step_flops(modes)
+
+
+def estimate(prog: "EntProg", candidate: Candidate) -> float:
+    """Seconds of one training step of a candidate, by FLOPs from the one timed full step."""
+    whole = prog.step_flops(prog.modes_of(Candidate(len(prog.candidates)), ()))
+    flops = prog.step_flops(prog.modes_of(candidate), candidate.tokens)
+    return prog.full_step_seconds() * flops / whole
+
+
+def timed(prog: "EntProg", candidate: Candidate) -> float:
+    """Seconds of one training step of a candidate: FLOPs by the model clock, else timed on steps that are undone."""
+    before, keeping, tokens = prog.modes, prog.keeping, prog.tokens
+    prog.switch(candidate)
+    if prog.clock == "model":
+        seconds = prog.step_flops(prog.modes, candidate.tokens) / MODEL_CLOCK_FLOPS
+    else:
+        start, times = prog.snapshot(), []
+        for _ in range(TIMING_STEPS):
+            begun = now()
+            prog.train(0, 1)
+            times.append(parallel.slowest(prog.model, now() - begun))
+        start.restore()
+        seconds = min(times[1:])  # the first step after a switch does not count
+    if before:
+        memory.apply(prog, before, keeping)
+        prog.tokens = tokens
+    return seconds
+
+
+def state(prog: "EntProg") -> list[Any]:
+    """Return what was counted, as plain data."""
+    prog.step_cost()
+    return [[list(astuple(tokens)), cost.to_json()] for tokens, cost in prog.costs.items()]
+
+
+def load(prog: "EntProg", saved: list[tuple[list[float], Mapping[str, Any]]]) -> None:
+    """Take over what `state` returned."""
+    found = {Tokens(*tokens): cost for tokens, cost in saved}
+    prog.costs = {t: StepCost(**cost, fill=prog.step_cost(t).fill) for t, cost in found.items()}
