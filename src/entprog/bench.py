@@ -87,20 +87,22 @@ def sample_clips(
     """
     device = next(model.parameters()).device
     names = ("pose", "reference", "reference_pose")
-    drawn = sample(
-        model,
-        OBJECTIVES[config.objective],
-        {k: clips[k].to(device) for k in names if k in clips},
-        tuple(clips["video"].shape),
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        guided=config.guided,
-        sampler=config.sampler,
-        window=config.frames,
-        overlap=config.frames // 2 if overlap is None else overlap,
-        seed=config.seed,
-        on_step=on_step,
-    )
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    with torch.autocast(device.type, precision, enabled=precision is not None):  # as it was trained
+        drawn = sample(
+            model,
+            OBJECTIVES[config.objective],
+            {k: clips[k].to(device) for k in names if k in clips},
+            tuple(clips["video"].shape),
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            guided=config.guided,
+            sampler=config.sampler,
+            window=config.frames,
+            overlap=config.frames // 2 if overlap is None else overlap,
+            seed=config.seed,
+            on_step=on_step,
+        )
     if config.autoencoder:
         drawn = _autoencoder(config.autoencoder).to(device).decode(drawn)
     return drawn.clamp(-1, 1).cpu()
