@@ -63,8 +63,9 @@ def trained(config: RunConfig, folder: Path, active: list[str], steps: int, out:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     with progress_bar() as show:
         for step in range(steps):
+            drawn = batch(step)  # latents are kept in half precision, which autocast on a CPU does not stack
             with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-                value = loss(model, batch(step)).mean()
+                value = loss(model, drawn).mean()
             value.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
