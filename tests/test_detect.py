@@ -78,7 +78,7 @@ def test_a_turned_square_is_cut_out_and_laid_back_in_place(side: float, angle: f
 
 def test_overlap_is_one_for_equal_boxes_and_zero_for_distant_ones() -> None:
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.6, 0.5, 0.2, 0.4], [2, 2, 0.1, 0.1]], dtype=torch.float64).numpy()
-    assert detect._overlap(boxes[0], boxes).tolist() == pytest.approx([1, 1 / 3, 0])
+    assert detect.overlap(boxes[0], boxes).tolist() == pytest.approx([1, 1 / 3, 0])
 
 
 def test_no_person_is_nan_and_no_confidence() -> None:

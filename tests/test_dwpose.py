@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from entprog.data import dwpose
-from entprog.data.dwpose import DWPose, boxes_of, keypoints_of, limb_mask, overlap
+from entprog.data.detect import overlap
+from entprog.data.dwpose import DWPose, boxes_of, centred, keypoints_of, limb_mask
 
 KEYPOINTS = torch.tensor([[144.0, 40.0 + 20 * k] for k in range(17)])  # on the landmark network's 288 x 384
 
@@ -61,7 +62,7 @@ def test_boxes_are_decoded_as_each_cell_says() -> None:
 
 
 def test_overlap_is_one_with_itself_and_symmetric() -> None:
-    a, b = np.array([0.0, 0, 2, 2]), np.array([1.0, 0, 3, 2])
+    a, b = centred(np.array([0.0, 0, 2, 2])), centred(np.array([1.0, 0, 3, 2]))
     assert overlap(a, np.stack((a, b))) == pytest.approx([1, 1 / 3])
     assert overlap(b, a[None]) == pytest.approx(overlap(a, b[None]))
 

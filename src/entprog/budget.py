@@ -22,6 +22,7 @@ from torch import nn
 from entprog import parallel
 from entprog.blocks import Block
 from entprog.cei import Scores
+from entprog.cost import with_adapters
 from entprog.frozen import parked_bytes
 from entprog.measure import tensor_bytes
 from entprog.plan import CHECKPOINTED, parse_bytes
@@ -106,7 +107,7 @@ class Budget:
 
     def _trained(self, active: Sequence[str]) -> tuple[int, str]:
         """Bytes of what trains, and what of it lies outside blocks, in the profile's words."""
-        stem = {"always": True, "never": False, "late": self.first in active}[self.settings.stem]
+        stem = self.settings.stem_trains(self.first in active)
         outside = self.always + (self.stem if stem else 0)
         return outside + sum(self.sizes[n] for n in active), "all" if stem else "always"
 
@@ -114,7 +115,7 @@ class Budget:
         key = repr((sorted(modes.items()), keeping.checkpointing))
         if key not in self._steps:
             _, outside = self._trained(_active(modes))
-            modes = {n: "lora" if n in self.adapted and m != "train" else m for n, m in modes.items()}
+            modes = with_adapters(modes, self.adapted)
             self._steps[key] = self.profile.step(modes, outside=outside, checkpointing=keeping.checkpointing)
         return self._steps[key]
 

@@ -7,7 +7,7 @@ it (profiling.py, `cost_of`): fused attention's backward is 2.5 times its forwar
 needs a gradient, and what checkpointing runs again is what it does run again.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +111,11 @@ class StepCost:
     def to_json(self) -> dict[str, Any]:
         """Return what is filled in, as plain data: StepCost(**data) reads it."""
         return {k: v for k, v in vars(self).items() if k != "fill"}
+
+
+def with_adapters(modes: Mapping[str, str], adapted: Collection[str]) -> dict[str, str]:
+    """Return the modes with "lora" for frozen blocks that carry adapters, which train there."""
+    return {n: "lora" if n in adapted and m != "train" else m for n, m in modes.items()}
 
 
 def state(outside: str, reached: bool) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from entprog import memory, parallel
 from entprog.blocks import batch_size, forked_rng
 from entprog.checkpointing import checkpointed
-from entprog.cost import MODEL_CLOCK_FLOPS, StepCost
+from entprog.cost import MODEL_CLOCK_FLOPS, StepCost, with_adapters
 from entprog.measure import now
 from entprog.modes import mode_of
 from entprog.profiling import cost_of
@@ -44,7 +44,8 @@ def step_cost(prog: "EntProg", tokens: Tokens) -> StepCost:
 def step_flops(prog: "EntProg", modes: Mapping[str, str], tokens: Tokens) -> int:
     """Return the FLOPs of a training step in some modes at a token scale, blocks checkpointed as they are now."""
     outside, again = memory.outside(prog, modes), checkpointed(prog.blocks)
-    return step_cost(prog, tokens).step(memory.with_adapters(prog, modes), outside=outside, checkpointed=again)
+    modes = with_adapters(modes, {b.name for b in prog.blocks if b.adapters})
+    return step_cost(prog, tokens).step(modes, outside=outside, checkpointed=again)
 
 
 def charge(prog: "EntProg", batch: Any, backward: bool, tokens: Tokens) -> None:

@@ -46,7 +46,7 @@ def apply(prog: "EntProg", modes: Mapping[str, str], keeping: Keeping) -> None:
 
 def reached(prog: "EntProg", modes: Mapping[str, str]) -> bool:
     """Return whether what lies outside blocks trains in some modes, besides the head and what is new."""
-    return {"always": True, "never": False, "late": modes.get(prog.blocks[0].name) == "train"}[prog.settings.stem]
+    return prog.settings.stem_trains(modes.get(prog.blocks[0].name) == "train")
 
 
 def outside(prog: "EntProg", modes: Mapping[str, str]) -> str:
@@ -54,12 +54,6 @@ def outside(prog: "EntProg", modes: Mapping[str, str]) -> str:
     if prog.stem and reached(prog, modes):
         return "all"
     return "always" if prog.always else "none"
-
-
-def with_adapters(prog: "EntProg", modes: Mapping[str, str]) -> dict[str, str]:
-    """Return the modes with "lora" for frozen blocks whose adapters train."""
-    adapted = {b.name for b in prog.blocks if b.adapters}
-    return {n: "lora" if n in adapted and m != "train" else m for n, m in modes.items()}
 
 
 def settle_state(prog: "EntProg") -> None:

@@ -79,6 +79,10 @@ class Progressive:
             return [WHOLE]
         return sorted({Tokens(*pair) for pair in self.token_grid} | {WHOLE}, key=lambda t: (t.share, t))
 
+    def stem_trains(self, first_block_trains: bool) -> bool:
+        """Return whether pretrained modules outside blocks train now."""
+        return {"always": True, "never": False, "late": first_block_trains}[self.stem]
+
     def __post_init__(self) -> None:
         for priority in (self.priority, *self.also_score):
             lookup(PRIORITIES, priority, "priority")

@@ -25,7 +25,7 @@ from entprog import memory
 from entprog.blocks import find_blocks, record_example
 from entprog.checkpoint import RunLog, load_checkpoint, named_state, put_back, save_checkpoint, write_results
 from entprog.config import RunConfig, check_same
-from entprog.cost import MODEL_CLOCK_FLOPS, StepCost
+from entprog.cost import MODEL_CLOCK_FLOPS
 from entprog.data.batches import Batch, Data, batch_at, fixed_batches, to_device
 from entprog.ema import Ema
 from entprog.measure import NET, Ledger, held_out_losses, now, saved_bytes, training_bytes
@@ -85,7 +85,7 @@ class Trainer:
         self.prog: EntProg | None = None
         self.prog = self._plug_in()
         self.ema = Ema(self.wrapped, config.ema_decay, host=config.max_memory is not None)
-        self.cost: StepCost | None = None
+        self.own_flops: int | None = None  # of a step, where no strategy changes it
         self.model_seconds = 0.0
         self.times: list[float] = []  # of the last steps in the present modes
         self.curve: list[dict[str, float]] = []
@@ -277,10 +277,11 @@ class Trainer:
     def _flops(self, modes: dict[str, str], frames: float, size: float) -> int:
         if self.prog:
             return self.prog.step_flops(modes, Tokens(frames, size))
-        if self.cost is None:
+        if self.own_flops is None:
             batch = self._batch(0, complete=True)
-            self.cost = cost_of(self.model, self.blocks, lambda: self.loss_fn(self.model, batch))
-        return self.cost.step(modes, outside=trained_outside(self.model, self.blocks))
+            cost = cost_of(self.model, self.blocks, lambda: self.loss_fn(self.model, batch))
+            self.own_flops = cost.step(modes, outside=trained_outside(self.model, self.blocks))
+        return self.own_flops
 
     def _set_lr(self, progress: float) -> None:
         for group in self.optimizer.param_groups:

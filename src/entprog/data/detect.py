@@ -131,7 +131,7 @@ def _anchors() -> np.ndarray:
     return np.concatenate(centres)
 
 
-def _overlap(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+def overlap(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Intersection over union of (cx, cy, w, h) with (N, 4)."""
     low = np.maximum(box[:2] - box[2:] / 2, boxes[:, :2] - boxes[:, 2:] / 2)
     high = np.minimum(box[:2] + box[2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2)
@@ -219,7 +219,7 @@ class PoseEstimator:
         values = out[(len(self._anchors), 12)].reshape(-1, 6, 2) / _DETECTOR_SIZE  # centre, size, 4 points
         values[:, [0, 2, 3, 4, 5]] += self._anchors[:, None]
         boxes = values[:, :2].reshape(-1, 4)
-        votes = scores * (scores >= self.min_score) * (_overlap(boxes[best], boxes) > _OVERLAP)
+        votes = scores * (scores >= self.min_score) * (overlap(boxes[best], boxes) > _OVERLAP)
         hips, top = np.tensordot(votes / votes.sum(), values[:, 2:4], axes=1)
         height, width = frame.shape[-2:]
         offset = np.array([width, height]) / 2
@@ -283,8 +283,7 @@ class PoseEstimator:
 
     def estimate_masked(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keypoints (F, 17, 3) as `estimate` does, and the person masks (F, H, W) bool."""
-        if frames.ndim != 4 or not len(frames):
-            raise ValueError(f"frames are (F, 3, H, W) uint8, not {tuple(frames.shape)}")
+        check_frames(frames)
         found = list(self.track(frames))
         return torch.stack([f.keypoints for f in found]), torch.stack([f.mask for f in found])
 
@@ -295,6 +294,12 @@ def check_frame(frame: Tensor) -> None:
     """Raise ValueError for a frame that is not (3, H, W) uint8."""
     if frame.ndim != 3 or frame.shape[0] != 3 or frame.dtype != torch.uint8:
         raise ValueError(f"a frame is (3, H, W) uint8, not {tuple(frame.shape)} {frame.dtype}")
+
+
+def check_frames(frames: Tensor) -> None:
+    """Raise ValueError for what is no video (F, 3, H, W), or one without frames."""
+    if frames.ndim != 4 or not len(frames):
+        raise ValueError(f"frames are (F, 3, H, W) uint8, not {tuple(frames.shape)}")
 
 
 def nobody(height: int, width: int) -> Found:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
-from entprog.data.detect import Found, check_frame, nobody
+from entprog.data.detect import Found, check_frame, nobody, overlap
 from entprog.data.pose import LIMBS, capsule, pixel_grid
 
 DETECTOR, LANDMARKS = "yolox_l.onnx", "dw-ll_ucoco_384.onnx"
@@ -61,12 +61,10 @@ def boxes_of(output: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate((centre - half, centre + half), -1), output[:, 4] * output[:, 5]
 
 
-def overlap(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Return the intersection over union of a box (4,) with boxes (N, 4), corners each."""
-    low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
-    common = np.prod(np.clip(high - low, 0, None), axis=-1)
-    areas = [np.prod(b[..., 2:] - b[..., :2], axis=-1) for b in (box, boxes)]
-    return common / (areas[0] + areas[1] - common + 1e-9)
+def centred(boxes: np.ndarray) -> np.ndarray:
+    """Return boxes (..., 4), given by two corners, as centre and sides."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return np.concatenate(((low + high) / 2, high - low), -1)
 
 
 def keypoints_of(across: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -77,7 +75,7 @@ def keypoints_of(across: np.ndarray, down: np.ndarray) -> np.ndarray:
 
 def _window(box: np.ndarray) -> np.ndarray:
     """Enlarge a box to the landmark network's shape, corners (4,)."""
-    centre, (width, height) = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) * _PADDING
+    centre, (width, height) = np.split(centred(box) * (1, 1, _PADDING, _PADDING), 2)
     width, height = max(width, height * _WIDTH / _HEIGHT), max(height, width * _HEIGHT / _WIDTH)
     half = np.array([width, height]) / 2
     return np.concatenate((centre - half, centre + half))
@@ -136,7 +134,7 @@ class DWPose:
         boxes, scores = boxes[scores >= self.min_score] / scale, scores[scores >= self.min_score]
         if not len(boxes):
             return None
-        if last is not None and (near := overlap(last, boxes)).max() > _OVERLAP:
+        if last is not None and (near := overlap(centred(last), centred(boxes))).max() > _OVERLAP:
             return boxes[near.argmax()]
         return boxes[scores.argmax()]
 

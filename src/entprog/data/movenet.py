@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from entprog.data.detect import check_frame
+from entprog.data.detect import check_frame, check_frames, nobody
 from entprog.data.tfjs import GraphModel
 from entprog.packaged import packaged_files
 
@@ -51,7 +51,7 @@ class MoveNet:
         seen = interpolate(square, size=(_SIZE, _SIZE), mode="bilinear", antialias=True, align_corners=False)
         y, x, score = self._network(seen.round().permute(0, 2, 3, 1))[0].reshape(17, 3).unbind(1)
         if score.mean() < self.min_score:
-            return torch.stack((torch.full_like(x, torch.nan), torch.full_like(y, torch.nan), torch.zeros_like(x)), 1)
+            return nobody(height, width).keypoints
         return torch.stack((x * side - left, y * side - top, score), 1)
 
     def __call__(self, frames: Tensor) -> Tensor:
@@ -59,6 +59,5 @@ class MoveNet:
 
         ValueError for frames of another shape or type.
         """
-        if frames.ndim != 4 or not len(frames):
-            raise ValueError(f"frames are (F, 3, H, W) uint8, not {tuple(frames.shape)}")
+        check_frames(frames)
         return torch.stack([self._frame(frame) for frame in frames])
