@@ -143,6 +143,21 @@ def test_scores_by_gradients_know_batch_norm(running):
     assert all(m.training for m in model.modules())
 
 
+def test_a_loss_that_fails_leaves_gradients_and_batch_norm_as_they_were():
+    model = nn.Sequential(body := Plain(depth=2), nn.BatchNorm1d(8))
+    blocks = find_blocks(body)
+    pending = {p: torch.ones_like(p) for b in blocks for p in b.parameters()}
+    for p, grad in pending.items():
+        p.grad = grad
+
+    def fails(model, batch):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        score(model, blocks, None, [{"x": torch.randn(4, 8)}] * 2, "gain", loss_fn=fails)
+    assert all(p.grad is grad for p, grad in pending.items()) and model[-1].training
+
+
 def test_position_orders():
     blocks = find_blocks(Plain(depth=8))
 

@@ -19,7 +19,7 @@ from entprog.data.synthetic import figures
 from entprog.measure import count_flops
 from entprog.models.pose_dit import places, pose_dit
 from entprog.models.pretrained import conditioned
-from entprog.models.shrinking import LAYOUTS, shrink_of
+from entprog.models.shrinking import AXES, shrink_of
 from entprog.report import CHART_STYLE
 from entprog.schedule import SCHEDULES, Candidate, candidates
 from entprog.strategy import Progressive
@@ -143,7 +143,7 @@ def test_pose_dit_reads_the_scale_and_without_it_is_what_it_was(motion):
 
     whole = torch.ones(4, 3)
     assert torch.allclose(call(batch), call(batch | {"grid_scale": whole}), atol=1e-5)
-    small = shrinker(LAYOUTS["PoseDiT"], patch=(1, 4, 4), frames="strided", scale="grid_scale")(batch, HALF)
+    small = shrinker(AXES["PoseDiT"], patch=(1, 4, 4), frames="strided", scale="grid_scale")(batch, HALF)
     assert small["grid_scale"].tolist() == [[0.5, 0.5, 0.5]] * 4 and small["pose"].shape[-3:] == (2, 12, 12)
     kept_places = {k: v for k, v in small.items() if k != "grid_scale"}
     assert call(small).shape == (4, 3, 2, 12, 12)

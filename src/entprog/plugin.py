@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprog import costs, memory, parallel
+from entprog import memory, parallel, run_cost
 from entprog.attention import find_attention
 from entprog.blocks import Block, by_name, find_blocks, outside_blocks, record_example
 from entprog.budget import Budget, Keeping
@@ -148,7 +148,7 @@ class EntProg:
         return loss
 
     def charge(self, batch: Any, backward: bool, tokens: Tokens = WHOLE) -> None:
-        costs.charge(self, batch, backward, tokens)
+        run_cost.charge(self, batch, backward, tokens)
 
     def prediction(self, model: nn.Module, batch: Any) -> Tensor:
         self.charge(batch, backward=False)
@@ -344,23 +344,23 @@ class EntProg:
         return steps * self.full_step_seconds()
 
     def full_step_seconds(self) -> float:
-        return float(self.decide("full step seconds", lambda: costs.full_step_seconds(self)))
+        return float(self.decide("full step seconds", lambda: run_cost.full_step_seconds(self)))
 
     def step_cost(self, tokens: Tokens = WHOLE) -> StepCost:
-        return costs.step_cost(self, tokens)
+        return run_cost.step_cost(self, tokens)
 
     def step_flops(self, modes: Mapping[str, str], tokens: Tokens = WHOLE) -> int:
         """Return the FLOPs of a training step in some modes, blocks checkpointed as they are now."""
-        return costs.step_flops(self, modes, tokens)
+        return run_cost.step_flops(self, modes, tokens)
 
     def estimate(self, candidate: Candidate) -> float:
         """Seconds of one training step of a candidate (Trial), by FLOPs from the one timed full step."""
-        return costs.estimate(self, candidate)
+        return run_cost.estimate(self, candidate)
 
     def cost(self, candidate: Candidate) -> float:
         """Seconds of one training step of a candidate (Trial): FLOPs by the model clock, else timed and recorded."""
         return float(
-            self.decide(f"step seconds, stage {self.stage}, {candidate}", lambda: costs.timed(self, candidate))
+            self.decide(f"step seconds, stage {self.stage}, {candidate}", lambda: run_cost.timed(self, candidate))
         )
 
     def shrunk(self, batch: Any, tokens: Tokens | None = None) -> Any:
@@ -411,7 +411,7 @@ class EntProg:
             "decisions": self.decisions,
             "search_steps": self.search_steps,
             "model_seconds": self.model_seconds,
-            "costs": costs.state(self),
+            "costs": run_cost.state(self),
             "settings": asdict(self.settings),
             "memory": memory.state(self),
             "bypass_sets": [[asdict(c), *found] for c, found in self.bypass_sets.items()],
@@ -430,7 +430,7 @@ class EntProg:
         check_settings(self.settings, state["settings"])
         self.stage, self.last_step, self.search_steps = state["stage"], state["last_step"], state["search_steps"]
         self.model_seconds = state["model_seconds"]
-        costs.load(self, state["costs"])
+        run_cost.load(self, state["costs"])
         self.candidate = Candidate(**state["candidate"]) if state["candidate"] else None
         self.tokens = self.candidate.tokens if self.candidate else WHOLE
         self.scores = Scores(**state["scores"]) if state["scores"] else None

@@ -5,7 +5,8 @@ Those that skip blocks need predictions only; `loss` needs loss_fn forward; `gra
 gradients of every block and so a step's memory (CEI needs no backward pass at all).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -130,6 +131,23 @@ def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
 
 
+@contextmanager
+def _set_aside(parameters: Sequence[nn.Parameter], norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Put pending gradients aside and batch norms to their running statistics, and both back, whatever happens."""
+    pending = [p.grad for p in parameters]
+    try:
+        for p in parameters:
+            p.grad = None
+        for m in norms:
+            m.training = False
+        yield
+    finally:
+        for m in norms:
+            m.training = True
+        for p, grad in zip(parameters, pending, strict=True):
+            p.grad = grad
+
+
 def _block_gradients(
     model: nn.Module, blocks: Sequence[Block], loss_fn: LossFn, batch: Any, seed: int
 ) -> list[list[Tensor]]:
@@ -140,26 +158,17 @@ def _block_gradients(
     """
     parameters = [b.parameters() for b in blocks]
     flat = [p for group in parameters for p in group]
-    pending = [p.grad for p in flat]
     total = [torch.zeros_like(p) for p in flat]
     plain, parts = _batch_norms(model), samples(batch)
     if any(m.running_mean is None for m in plain):  # of the batch it normalises, whatever the mode
         parts = [batch]
-    for m in plain:
-        m.training = False
-    with preserved(model, blocks), parallel.own_noise(model, seed), torch.enable_grad():
-        for p in flat:
-            p.grad = None
+    with preserved(model, blocks), _set_aside(flat, plain), parallel.own_noise(model, seed), torch.enable_grad():
         set_active(blocks, blocks)
         for sample in parts:
             grads = parallel.gradients(model, loss_fn(model, sample), flat)
             for sum_, g in zip(total, grads, strict=True):
                 sum_ += g / len(parts)
-    for m in plain:
-        m.training = True
     total = parallel.mean(model, total)
-    for p, grad in zip(flat, pending, strict=True):
-        p.grad = grad
     filled = iter(total)
     return [[next(filled) for _ in group] for group in parameters]
 

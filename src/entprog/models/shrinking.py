@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from entprog.config import RunConfig
 
 # Family, or pipeline class -> the axes of its batches' columns (tokens.shrinker); what is not named stays whole.
-LAYOUTS: dict[str, dict[str, str]] = {
+AXES: dict[str, dict[str, str]] = {
     "PoseDiT": {"video": "BCFHW", "noise": "BCFHW", "pose": "BCFHW", "reference": "BCHW", "reference_pose": "BCHW",
                 "labels": "BFYX"},
     "WanPipeline": {"video": "BCFHW", "noise": "BCFHW"},
@@ -36,7 +36,7 @@ def shrink_of(config: "RunConfig", model: nn.Module) -> Shrink | None:
     if not is_pipeline(config.model):
         patch: int = model.config["patch_size"]  # type: ignore[index,union-attr,assignment]
         scale = "grid_scale" if config.token_positions == "scaled" else None
-        return shrinker(LAYOUTS["PoseDiT"], patch=(1, patch, patch), frames=config.token_frames, scale=scale)
+        return shrinker(AXES["PoseDiT"], patch=(1, patch, patch), frames=config.token_frames, scale=scale)
     kind = class_of(config.model)
     if kind in REFUSED:
         raise ValueError(f"axes {settings.axes!r} cannot be had of a {kind}: {REFUSED[kind]}. Set axes to 'blocks'")
@@ -44,4 +44,4 @@ def shrink_of(config: "RunConfig", model: nn.Module) -> Shrink | None:
         raise ValueError(f"token_frames {config.token_frames!r}: a latent frame of {kind} stands for several frames in "
                          "a row, and every n-th of them for no video: choose 'first'")  # fmt: skip
     about = json.loads((Path(config.model) / part_of(config) / "config.json").read_text())
-    return shrinker(LAYOUTS[kind], patch=tuple(about["patch_size"]))
+    return shrinker(AXES[kind], patch=tuple(about["patch_size"]))
