@@ -288,7 +288,7 @@ def wan_loop(settings, steps=8, shrink=SHRINK, seen=None, **kwargs):
     return prog, shapes, judged
 
 
-@pytest.mark.parametrize("schedule", ["fixed", "linear", "adaptive"])
+@pytest.mark.parametrize("schedule", ["fixed", "linear", pytest.param("adaptive", marks=pytest.mark.slow)])
 def test_training_grows_to_full_size_and_only_training_is_small(schedule):
     settings = Progressive(**SMALL, schedule=schedule, stages=2, search_budget=0.9, priority="first", grid=(1.0,))
     prog, shapes, judged = wan_loop(settings, steps=160 if schedule == "adaptive" else 10)
@@ -380,7 +380,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["linear", *(pytest.param(n, marks=pytest.mark.slow) for n in ("race", "strided"))])
 def test_a_killed_run_resumes_exactly_and_ends_at_full_size(name, tmp_path):
     whole = make(CASES[name], tmp_path / "whole")
     sizes = []
