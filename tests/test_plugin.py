@@ -200,3 +200,24 @@ def test_batches_of_a_search_are_the_same_for_all_and_begin_again():
     assert [again[i].tolist() for i in (6, 0, 3)] == drawn
     with pytest.raises(ValueError, match="yields no batch"):
         BatchStream(lambda: iter([]))[0]
+
+
+@pytest.mark.parametrize("priority, batches", [("gain", 5), ("grad_norm", 10)])
+def test_scores_are_paid_for_as_they_are_taken_sample_by_sample(priority, batches, monkeypatch):
+    model, asked = Plain(depth=4), []
+    monkeypatch.setattr("entprog.run_cost.now", lambda: 0.25 * len(asked))  # a sample takes a quarter of a second
+
+    def loss_fn(model, batch):
+        asked.append(batch)
+        return model(batch["x"]).square().mean()
+
+    def decide(key, compute):
+        return 1.0 if key == "full step seconds" else compute()  # not the 2 seconds its samples take one by one
+
+    drawn = [{"x": torch.randn(8, 5, 8)} for _ in range(12)]
+    prog = EntProg(model, loss_fn, held_out=drawn[:2], train_batches=lambda: iter(drawn), total_steps=1,
+                   predict=lambda m, b: m(b["x"]), seconds=1000.0, decide=decide,
+                   strategy=Progressive(priority=priority, schedule="fixed", stages=1, score_budget=0.02))  # fmt: skip
+    prog.step(0, torch.optim.AdamW(model.parameters()), progress=0.0)
+    (event,) = (e for e in prog.events if e["event"] == "score")
+    assert event["samples"] == batches

@@ -148,7 +148,7 @@ def _set_aside(parameters: Sequence[nn.Parameter], norms: Sequence[nn.Module]) -
             p.grad = grad
 
 
-def _block_gradients(
+def block_gradients(
     model: nn.Module, blocks: Sequence[Block], loss_fn: LossFn, batch: Any, seed: int
 ) -> list[list[Tensor]]:
     """Gradients of every block's parameters, all blocks trainable, noise from a seed.
@@ -186,7 +186,7 @@ def grad_norm(
     """Norm of the block's gradient, |g_b|, one value per batch."""
     fn = _needs(loss_fn, "grad_norm")
     rows = [
-        [parallel.inner(grads, grads) ** 0.5 for grads in _block_gradients(model, blocks, fn, batch, seed)]
+        [parallel.inner(grads, grads) ** 0.5 for grads in block_gradients(model, blocks, fn, batch, seed)]
         for seed, batch in enumerate(parallel.in_step(model, batches))
     ]
     return make_scores("grad_norm", [b.name for b in blocks], torch.tensor(rows))
@@ -216,7 +216,7 @@ def gain(
         raise ValueError(f"priority 'gain' needs at least 2 batches, one to step on and one to judge by: got {count}")
     sums: list[list[tuple[Tensor, Tensor]]] = []
     for seed, batch in enumerate(kept):
-        for b, block in enumerate(_block_gradients(model, blocks, fn, batch, seed)):
+        for b, block in enumerate(block_gradients(model, blocks, fn, batch, seed)):
             if seed == 0:
                 sums.append([(torch.zeros_like(g), torch.zeros_like(g)) for g in map(_double, block)])
             for g, (total, squares) in zip(map(_double, block), sums[b], strict=True):
@@ -227,7 +227,7 @@ def gain(
     rows = []
     for seed, batch in enumerate(kept):
         row = []
-        for b, block in enumerate(_block_gradients(model, blocks, fn, batch, seed)):
+        for b, block in enumerate(block_gradients(model, blocks, fn, batch, seed)):
             directions = [_direction(_double(g), *s, count - 1).float() for g, s in zip(block, sums[b], strict=True)]
             row.append(parallel.inner(block, directions) / cost[b])
         rows.append(row)

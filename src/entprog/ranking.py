@@ -9,7 +9,7 @@ from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from entprog import memory
+from entprog import memory, run_cost
 from entprog.budget import SUMS, merged
 from entprog.bypass import choose_skips
 from entprog.cei import Scores, Stop, with_inherited
@@ -44,14 +44,15 @@ def rank(prog: "EntProg", progress: float) -> None:
 def batches_within_budget(prog: "EntProg") -> int:
     """Return how many batches score_budget pays for, at least 4 and at most 64.
 
-    In full steps, a batch costs grad_norm 1, gain 2 and a priority that skips blocks 1/3 + L/6.
+    A batch costs grad_norm the gradients of its samples once, gain twice, and a priority that skips blocks 1/3 + L/6
+    full steps; what is scored beside it takes half as many.
     """
     if prog.seconds is None:
         return 8
-    by_skipping = (1 + len(prog.blocks) / 2) / 3
-    steps = {"grad_norm": 1.0, "gain": 2.0}.get(prog.settings.priority, by_skipping)
-    steps += 0.5 * by_skipping * len(prog.settings.also_score)
-    per_batch = steps * prog.full_step_seconds()
+    by_skipping = (1 + len(prog.blocks) / 2) / 3 * prog.full_step_seconds()
+    passes = {"grad_norm": 1, "gain": 2}.get(prog.settings.priority)
+    per_batch = passes * run_cost.gradient_seconds(prog) if passes else by_skipping
+    per_batch += 0.5 * by_skipping * len(prog.settings.also_score)
     return int(min(64, max(4, prog.settings.score_budget * prog.seconds / per_batch)))
 
 

@@ -13,6 +13,7 @@ from entprog.checkpointing import checkpointed
 from entprog.cost import MODEL_CLOCK_FLOPS, StepCost, with_adapters
 from entprog.measure import now
 from entprog.modes import mode_of
+from entprog.priority import block_gradients, samples
 from entprog.profiling import cost_of
 from entprog.schedule import Candidate
 from entprog.supernet import TIMING_STEPS
@@ -66,6 +67,21 @@ def full_step_seconds(prog: "EntProg") -> float:
         return seconds
     modes = prog.modes_of(largest, prog.bypass_set(largest)[0])
     return seconds * prog.step_flops(prog.modes_of(whole, ())) / prog.step_flops(modes)
+
+
+def gradient_seconds(prog: "EntProg") -> float:
+    """Seconds of a batch's gradients as scores take them, timed on one sample: small steps are slow for their FLOPs.
+
+    By the model clock, and inside a memory budget, those of a full step.
+    """
+    if prog.clock == "model" or prog.budget is not None:
+        return prog.full_step_seconds()
+    parts, times = samples(next(iter(prog.score_batches()))), []
+    for _ in range(2):  # the first warms up
+        begun = now()
+        block_gradients(prog.model, prog.blocks, prog.loss, parts[0], seed=0)
+        times.append(parallel.slowest(prog.model, now() - begun))
+    return len(parts) * min(times)
 
 
 def estimate(prog: "EntProg", candidate: Candidate) -> float:
