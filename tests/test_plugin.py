@@ -221,3 +221,37 @@ def test_scores_are_paid_for_as_they_are_taken_sample_by_sample(priority, batche
     prog.step(0, torch.optim.AdamW(model.parameters()), progress=0.0)
     (event,) = (e for e in prog.events if e["event"] == "score")
     assert event["samples"] == batches
+
+
+@pytest.mark.parametrize("frozen, trains", [("pass", 4), ("bypass", 2)])
+def test_a_stage_that_hardly_saves_trains_all_blocks_and_says_so(frozen, trains):
+    model, inputs = Plain(depth=4), {"x": torch.randn(4, 5, 8)}
+    settings = Progressive(priority="first", schedule="linear", stages=2, frozen=frozen, min_fidelity=0.0,
+                           min_new_fidelity=0.0, min_saving=0.2)  # fmt: skip
+    prog, history = loop(model, inputs, settings)
+    assert len(history[0]) == trains and len(history[-1]) == 4
+    said = [e for e in prog.events if e["event"] == "all_train"]
+    assert len(said) == (trains == 4) and all(e["wanted"] == 2 and 0 < e["saving"] < 0.2 for e in said)
+    _, plain = loop(
+        Plain(depth=4), inputs, Progressive(priority="first", schedule="fixed", frozen=frozen, min_saving=0.2)
+    )
+    assert len(plain[0]) == 2, "a share that was asked for stays"
+
+
+@pytest.mark.parametrize("priority, trains", [("first", True), ("last", False)])
+def test_fidelity_is_measured_with_the_stem_as_it_will_train(priority, trains, monkeypatch):
+    from entprog import bypass
+
+    model, inputs = ZOO["wan"]()
+    seen = []
+
+    def watched(*args, **kwargs):
+        seen.append({p.requires_grad for p in prog.stem})
+        return bypass.choose_bypass(*args, **kwargs)
+
+    monkeypatch.setattr("entprog.plugin.choose_bypass", watched)
+    settings = Progressive(priority=priority, schedule="fixed", active_share=0.5, stages=1)
+    prog = EntProg(model, trained_by(inputs), held_out=None, train_batches=lambda: islice(count(), 64), total_steps=2,
+                   strategy=settings, clock="model")  # fmt: skip
+    prog.step(0, torch.optim.AdamW(model.parameters()))
+    assert prog.stem and seen == [{trains}]

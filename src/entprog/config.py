@@ -39,6 +39,7 @@ class RunConfig:
     frozen: str | None = None
     min_fidelity: float | None = None
     min_new_fidelity: float | None = None
+    min_saving: float | None = None
     skip: float | None = None
     restore_at: float | None = None
     restore: str | None = None

@@ -31,17 +31,22 @@ def apply(prog: "EntProg", modes: Mapping[str, str], keeping: Keeping) -> None:
     """Set what trains, every block's mode, and how all of it is kept."""
     active = [n for n, m in modes.items() if m == "train"]
     set_active(prog.blocks, active, frozen={n: m for n, m in modes.items() if m != "train"})
-    trains = reached(prog, modes)
-    for p in prog.stem:
-        p.requires_grad_(trains)
-        if not trains:
-            p.grad = None
+    settle_stem(prog, modes)
     prog.modes, prog.keeping, prog.stepping = dict(modes), keeping, True
     if prog.budget is not None and not prog.budget.already:
         checkpoint_blocks(prog.blocks, keeping.checkpointing)
     if prog.budget is not None or prog.settings.frozen_weights:
         settle_weights(prog.model, prog.blocks, keeping.frozen_weights)
     settle_state(prog)
+
+
+def settle_stem(prog: "EntProg", modes: Mapping[str, str]) -> None:
+    """Let pretrained modules outside blocks train, or not, as they do in some modes."""
+    trains = reached(prog, modes)
+    for p in prog.stem:
+        p.requires_grad_(trains)
+        if not trains:
+            p.grad = None
 
 
 def reached(prog: "EntProg", modes: Mapping[str, str]) -> bool:
@@ -198,8 +203,9 @@ def _tried(prog: "EntProg") -> int:
 
 @contextmanager
 def within_fidelity(prog: "EntProg", candidate: Candidate) -> Iterator[None]:
-    """Keep a candidate, while its fidelity is measured, so that two gradients of what trains fit the budget."""
+    """Let what a candidate trains require gradients while its fidelity is measured, kept so that two of them fit."""
     if prog.budget is None:
+        settle_stem(prog, prog.modes_of(candidate, ()))
         yield
         return
     active, _ = prog.sets(candidate)

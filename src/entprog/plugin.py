@@ -236,7 +236,7 @@ class EntProg:
         schedule, sizes = SCHEDULES[self.settings.schedule], block_sizes(self.blocks, self.ranking(trainable=True))
         with self.ledger("search"):
             chosen = schedule(stage, self.settings.stages, sizes, self.settings, previous, self._search)
-        chosen = replace(chosen, skipped=min(chosen.skipped, most))
+        chosen = run_cost.worth_freezing(self, replace(chosen, skipped=min(chosen.skipped, most)), progress)
         self.wanted = self.enter(chosen, progress, reason="stage")
         stopped = self._stopped or self.wanted.active < chosen.active
         growth = self.settings.growth or ("rotate" if stopped else "nested")

@@ -4,7 +4,7 @@ A smaller step is counted, not reckoned: attention makes its FLOPs fall faster t
 """
 
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any
 
 from entprog import memory, parallel
@@ -89,6 +89,21 @@ def estimate(prog: "EntProg", candidate: Candidate) -> float:
     whole = prog.step_flops(prog.modes_of(Candidate(len(prog.candidates)), ()))
     flops = prog.step_flops(prog.modes_of(candidate), candidate.tokens)
     return prog.full_step_seconds() * flops / whole
+
+
+def worth_freezing(prog: "EntProg", chosen: Candidate, progress: float) -> Candidate:
+    """Return what the linear schedule chose, or all blocks where that saves less than min_saving of their FLOPs.
+
+    Gradients that pass through most of the frozen blocks save a sixth at best: less than untrained blocks lose.
+    """
+    least, whole = prog.settings.min_saving, replace(chosen, active=len(prog.candidates))
+    if not least or chosen.active == whole.active or prog.settings.schedule != "linear" or prog.budget is not None:
+        return chosen
+    flops = [prog.step_flops(prog.modes_of(c, prog.bypass_set(c)[0]), c.tokens) for c in (chosen, whole)]
+    if (saving := 1 - flops[0] / flops[1]) >= least:
+        return chosen
+    prog.emit("all_train", progress, wanted=chosen.active, saving=saving, min_saving=least)
+    return whole
 
 
 def timed(prog: "EntProg", candidate: Candidate) -> float:

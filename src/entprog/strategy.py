@@ -30,6 +30,8 @@ class Progressive:
     of those with self-attention of their own, the others pass. skip: largest share of blocks that may sit out; all are
     back at restore_at of the run, by a row of RESTORES (`once`, `halves`, `one_by_one`), and those that are to train do
     so from then on. stem: pretrained modules outside blocks train "late" (with block 0), "always" or "never".
+    min_saving: where a stage of `linear` would save less than this share of a full step's FLOPs, all blocks train from
+    then on (event `all_train`); not within a memory budget.
     search_budget, score_budget: shares of a stage and of the run. rescore: rank again at every "stage" or "never".
     adapters: every block carries LoRA adapters that train throughout, so a frozen block passes exact gradients on.
     also_score: priorities measured beside for the record, their rank correlation with the deciding one logged.
@@ -57,6 +59,7 @@ class Progressive:
     restore_at: float = 0.7
     restore: str = "once"
     stem: str = "late"
+    min_saving: float = 0.0
     search_budget: float = 0.08
     score_budget: float = 0.02
     rescore: str = "never"
@@ -109,6 +112,8 @@ class Progressive:
         if not self.grid or not all(0 < share <= 1 for share in self.grid) or min(budgets) < 0:
             raise ValueError(f"grid {self.grid} needs shares in (0, 1], search_budget and score_budget {budgets} at "
                              "least 0")  # fmt: skip
+        if not 0 <= self.min_saving < 1:
+            raise ValueError(f"min_saving {self.min_saving} is a share of a step's FLOPs: choose in [0, 1)")
         if not 0 <= self.min_fidelity <= 1:
             raise ValueError(f"min_fidelity {self.min_fidelity} is a cosine that bounds from below: choose in [0, 1]")
         self._check_tokens()
@@ -149,8 +154,9 @@ class Progressive:
 def ent_prog() -> Progressive:
     """Ours: order by first-order gain with CEI measured beside it, frozen blocks bypassed, half of them, then all.
 
-    docs/log.md of 2026-11-22 holds why: gain follows the oracle better than CEI, races stop at too few blocks, and
-    nothing sits out. `schedule=adaptive` asks the nested supernet instead.
+    docs/log.md of 2026-11-22 holds why: gain follows the oracle better than CEI, races stop at too few blocks, nothing
+    sits out, and half of the blocks are trained only where that makes steps a fifth cheaper. `schedule=adaptive` asks
+    the nested supernet instead.
     """
     return Progressive(
         priority="gain",
@@ -159,6 +165,7 @@ def ent_prog() -> Progressive:
         stages=2,
         grid=(0.25, 0.5, 1.0),
         min_fidelity=0.9,
+        min_saving=0.2,
     )
 
 
