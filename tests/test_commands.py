@@ -6,11 +6,13 @@ import pytest
 import torch
 from conftest import ABOUT, make_clip
 
-from entprog.bench import driven
+from entprog.bench import driven, first_clips
 from entprog.cli import main
+from entprog.config import make_config
 from entprog.data.cache import load_split, take
 from entprog.data.pose import draw_skeleton
 from entprog.data.prepared import Prepared, ShardWriter
+from entprog.data.retarget import fit_pose
 from entprog.data.video import write_mp4
 from entprog.evaluate import ESTIMATORS
 
@@ -96,14 +98,25 @@ def test_poses_of_another_clip_are_fitted_to_each_body(folder):
     own = make_clip(13)  # whoever is driven by himself keeps his place, for his body has one size
     alone = {"pose": data["pose"].subset([1]), "video": data["video"].subset([1])}
     driving, body = own.keypoints, own.reference_keypoints
-    from entprog.data.retarget import fit_pose
-
     expected = draw_skeleton(fit_pose(driving, body), 16, 16).transpose(0, 1)
     assert torch.allclose(driven({"pose": clips["pose"][1:2]}, alone, "clip-13")["pose"][0], expected)
     with pytest.raises(ValueError, match="choose one of"):
         driven(clips, data, "clip-1")
     with pytest.raises(ValueError, match="prepared folder"):
         driven(clips, clips, "clip-13")
+
+
+def test_of_several_shapes_the_drawn_clips_get_the_poses_of_their_own_bodies(tmp_path):
+    with ShardWriter(tmp_path, ABOUT, per_shard=1) as writer:
+        for i, size in enumerate((16, 32, 32, 16)):
+            writer.add(make_clip(i, "test", size))
+    data = load_split(tmp_path, "test")
+    clips, truth = first_clips(make_config({"steps": 1, "frames": 6}), data, 2)
+    moved = driven(clips, data, "clip-1")["pose"]
+    for row, own in enumerate((make_clip(0), make_clip(3))):
+        assert torch.allclose(truth[row].transpose(0, 1), own.video / 127.5 - 1)
+        fitted = fit_pose(make_clip(1, size=32).keypoints, own.reference_keypoints)
+        assert torch.allclose(moved[row], draw_skeleton(fitted, 16, 16).transpose(0, 1))
 
 
 def test_key_value_may_stand_before_and_behind_options(tmp_path, capsys):

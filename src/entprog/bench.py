@@ -61,8 +61,8 @@ def first_clips(config: RunConfig, data: Data, count: int, frames: int | None = 
     `frames` from the beginning of each clip, by default as many as are trained on.
     """
     frames, column = frames or config.frames, data["video"]
-    if isinstance(column, Stored):  # of several shapes, those of the first clip's
-        first = column.buckets()[0][:count]
+    if isinstance(column, Stored):
+        first = column.first(count)
         data = {k: v.subset(first) for k, v in data.items() if isinstance(v, Stored)}
         column, count = data["video"], len(first)
     count = min(count, len(column))
@@ -115,7 +115,7 @@ def _autoencoder(name: str) -> Autoencoder:
 
 
 def driven(clips: Batch, data: Data, driver: str) -> Batch:
-    """Return clips with the poses of another clip, by its id, fitted to each reference's body.
+    """Return the clips of `first_clips` with the poses of another clip, by its id, fitted to each reference's body.
 
     ValueError for an id that the split lacks, a clip that is too short, a model without poses, and data that are not a
     prepared folder.
@@ -131,7 +131,7 @@ def driven(clips: Batch, data: Data, driver: str) -> Batch:
     driving = whole.rows([ids.index(driver)], ["keypoints"])["keypoints"][0, :frames]
     if len(driving) < frames:
         raise ValueError(f"clip {driver!r} has {len(driving)} frames, {frames} are to be drawn: choose a longer one")
-    rows = column.indices[: len(clips["pose"])]
+    rows = [column.indices[row] for row in column.first(len(clips["pose"]))]
     bodies = column.prepared.rows(rows, ["reference_keypoints"])["reference_keypoints"]
     maps = [draw_skeleton(fit_pose(driving, body), height, width).transpose(0, 1) for body in bodies]
     return clips | {"pose": torch.stack(maps)}

@@ -62,6 +62,10 @@ class Stored:
             self._buckets = shape_groups(self.prepared.records[index] for index in self.indices)
         return self._buckets
 
+    def first(self, count: int) -> list[int]:
+        """Return the first `count` rows that can share a batch: of several shapes, those of the first clip's."""
+        return self.buckets()[0][:count]
+
     def take(self, rows: Sequence[int], windows: Sequence[slice] | None = None) -> Tensor:
         """Read rows, of each only the frames of its window; stacked."""
         read = []

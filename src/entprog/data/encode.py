@@ -187,7 +187,7 @@ def draw_clips(
     config: "RunConfig", model: "nn.Module", data: Mapping[str, Stored], count: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Draw the first clips of a split (of several shapes, those of the first clip's): `models.wan.draw`."""
-    part = {k: v.subset(data["video"].buckets()[0][:count]) for k, v in data.items()}
+    part = {k: v.subset(data["video"].first(count)) for k, v in data.items()}
     column, shared = part["video"], _of_all(config)
     names = ["video", "keypoints", "reference", *(["face"] if "face" in part else [])]
     raw = column.prepared.rows(column.indices, names)
