@@ -72,6 +72,8 @@ def test_what_is_not_found_is_wrong_and_what_is_not_visible_is_not_asked() -> No
     far = points.clone()
     far[:, 1:8] += 500
     assert pck(far, hidden) == 1 and oks(far, hidden) == 1
+    hidden[:, 1:8, :2] = math.nan  # not known where, and not visible
+    assert pck(far, hidden) == oks(far, hidden) == 1 and keypoint_error(far, hidden) == 0
     nothing = torch.full_like(points, math.nan)
     assert all(math.isnan(score(points, nothing)) for score in (pck, oks, keypoint_error))
     with pytest.raises(ValueError, match="17, 3"):

@@ -43,6 +43,17 @@ def test_mirroring_twice_is_the_identity_and_exchanges_names() -> None:
         mirrored_keypoints(torch.zeros(33, 3), 64)
 
 
+def test_keypoints_that_are_nowhere_are_left_out_of_the_map() -> None:
+    points = random_points(4)
+    points[..., 2] = 1
+    points[0] = torch.tensor((torch.nan, torch.nan, 0.0))  # nobody
+    points[2, 5], points[3, 5, 2] = torch.nan, 0
+    maps = draw_skeleton(points, 64, 64)
+    assert not maps[0].any() and maps[1].any()
+    points[2:, :, :2] = points[2, :, :2].nan_to_num(0)
+    assert torch.equal(draw_skeleton(points[3], 64, 64), maps[2])
+
+
 def test_the_map_of_mirrored_keypoints_is_the_flipped_map_in_the_other_sides_colours() -> None:
     points = torch.zeros(17, 3)
     points[[5, 7]] = torch.tensor([[20.0, 10, 1], [20, 50, 1]])  # a left upper arm, red

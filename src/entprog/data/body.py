@@ -24,17 +24,11 @@ from numpy.typing import NDArray
 
 from entprog.data.motions import LINKS, MISSING, Array, Motion, global_rotations
 from entprog.data.pose import COCO17
+from entprog.packaged import cache_folder
 
 GROUPS = ("body", "helper-tights", "helper-skirt", "helper-hair", "helper-l-eye", "helper-r-eye")
 _FORMAT = 1  # of the cached files; a new number ignores older ones
 _LEG = 0.8314  # metres from hip to ankle of the person whose motions these are
-
-
-def cache_folder() -> Path:
-    """Return the folder of cached bodies, made if it does not exist: ENTPROG_CACHE, else ~/.cache/entprog."""
-    folder = Path(os.environ.get("ENTPROG_CACHE") or Path.home() / ".cache" / "entprog")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def package_folder() -> Path:
@@ -58,6 +52,7 @@ def _anny() -> Any:
 
 def _save(path: Path, values: Mapping[str, NDArray[Any]]) -> None:
     """Write whole or not at all: other processes may share the cache."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.npz")
     np.savez(partial, **values)  # type: ignore[arg-type]
     partial.rename(path)
@@ -263,7 +258,6 @@ def make_body(phenotype: Mapping[str, float]) -> Body:
     key = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
     path = cache_folder() / "bodies" / f"{key}-{_FORMAT}.npz"
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
         model = _anny()
         rest = torch.eye(4)[None, None].repeat(1, model.bone_count, 1, 1)
         with torch.no_grad():

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
 from entprog.data.detect import Found, check_frame, nobody, overlap
-from entprog.data.pose import LIMBS, capsule, pixel_grid
+from entprog.data.pose import LIMBS, VISIBLE, capsule, pixel_grid
 
 DETECTOR, LANDMARKS = "yolox_l.onnx", "dw-ll_ucoco_384.onnx"
 _DETECTOR_SIZE, _STRIDES = 640, (8, 16, 32)
@@ -26,7 +26,6 @@ _WIDTH, _HEIGHT, _SPLIT = 288, 384, 2.0  # of the landmark network; SimCC bins a
 _PADDING = 1.25
 _OVERLAP = 0.45
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-VISIBLE = 0.3  # score below which DWPose's own drawing leaves a keypoint out
 _TORSO = (5, 6, 11, 12)  # shoulders and hips among COCO's 17
 _LIMB = 0.14  # half the thickness of a limb in the mask, in lengths of the torso
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from entprog.data.pose import VISIBLE
 from entprog.data.prepared import LABELS
 
 Box = tuple[int, int, int, int]
 
-_SEEN = 0.3  # draw_skeleton's threshold
 _FACE_SEEN = 0.5
 _FACE = slice(0, 5)  # nose, eyes, ears
 
@@ -111,7 +111,7 @@ def face_seen(points: Tensor) -> Tensor:
 
 def body_extent(points: Tensor) -> tuple[float, float, float, float]:
     """Return left, top, right, bottom of all visible joints and heads of (F, 17, 3); NaN if nothing is visible."""
-    seen = points[..., 2] >= _SEEN
+    seen = points[..., 2] >= VISIBLE
     joints = points[seen][:, :2]
     heads = face_circle(points)[seen[..., 0]]
     reach = 1.4 * heads[:, 2:]  # the top of the head lies above the face

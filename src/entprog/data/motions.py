@@ -148,7 +148,7 @@ def sample_motion(name: str, seconds: Array) -> Motion:
 
 def mirrored(motion: Motion) -> Motion:
     """Exchange left and right: the reflection at the plane z = 0, exactly."""
-    swap = [LINKS.index(n.translate(str.maketrans("", ""))) for n in map(_other_side, LINKS)]
+    swap = [LINKS.index(_other_side(name)) for name in LINKS]
     return Motion(motion.root * np.array([1, 1, -1]), motion.rotations[:, swap] * np.array([1, -1, -1, 1]))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 POSE_STYLE = "entprog-coco17-v1"
+VISIBLE = 0.3  # keypoints of a lower visibility are not drawn, so nobody may ask for them, count them or frame them
 
 COCO17 = (
     "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
@@ -71,17 +72,18 @@ def capsule(grid: Tensor, start: Tensor, end: Tensor, radius: Tensor | float) ->
     return (radius - distance + 0.5).clamp(0, 1)
 
 
-def draw_skeleton(points: Tensor, height: int, width: int, *, threshold: float = 0.3) -> Tensor:
-    """Draw the pose map of COCO-17 keypoints; limbs with an end less visible than `threshold` are left out.
+def draw_skeleton(points: Tensor, height: int, width: int, *, threshold: float = VISIBLE) -> Tensor:
+    """Draw the pose map of COCO-17 keypoints; limbs with an end less visible than `threshold`, or NaN, are left out.
 
     Shapes: points (..., 17, 3) in pixels -> (..., 3, H, W) in [0, 1].
     """
     grid = pixel_grid(height, width)
     radius = max(0.7, 0.014 * max(height, width))
     canvas = torch.zeros(*points.shape[:-2], 3, height, width)
+    visible = (points[..., 2] >= threshold) & points.isfinite().all(-1)
     for start, end, colour in LIMBS:
-        seen = (points[..., start, 2] >= threshold) & (points[..., end, 2] >= threshold)
-        cover = capsule(grid, points[..., start, :2], points[..., end, :2], radius) * seen[..., None, None]
+        seen = (visible[..., start] & visible[..., end])[..., None, None]
+        cover = torch.where(seen, capsule(grid, points[..., start, :2], points[..., end, :2], radius), 0.0)
         rgb = torch.tensor(colour)[:, None, None]
         canvas = canvas + cover.unsqueeze(-3) * (rgb - canvas)
     return canvas

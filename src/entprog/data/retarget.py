@@ -11,9 +11,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from entprog.data.pose import VISIBLE
+
 Anchor = Literal["first", "median"]
 
-_SEEN = 0.3  # draw_skeleton's threshold
 _LONG = 0.9  # of the lengths a bone has in a video, the quantile taken as its own: most frames foreshorten it
 _LIMB_RANGE = (0.67, 1.5)  # beyond this a limb's ratio is foreshortening in the single reference, not anatomy
 
@@ -44,7 +45,7 @@ def _lengths(points: Tensor) -> dict[str, float]:
     """Return the length of every bone that is seen in any frame, the longer side of the body. (F, 19, 3)."""
     lengths: dict[str, float] = {}
     for name, start, end in _BONES:
-        seen = (points[:, [start, end], 2] >= _SEEN).all(-1)
+        seen = (points[:, [start, end], 2] >= VISIBLE).all(-1)
         if seen.any():
             all_frames = (points[seen, end, :2] - points[seen, start, :2]).norm(dim=-1)
             lengths[name] = max(lengths.get(name, 0.0), float(all_frames.quantile(_LONG)))
@@ -59,7 +60,7 @@ def _ratios(driving: Tensor, reference: Tensor) -> tuple[float, dict[str, float]
     if not used:
         raise ValueError(
             f"no bone is seen in both bodies (driving: {sorted(own)}, reference: {sorted(wanted)}), so their sizes "
-            f"cannot be compared: choose a reference that shows torso or legs with a visibility of at least {_SEEN}"
+            f"cannot be compared: choose a reference that shows torso or legs with a visibility of at least {VISIBLE}"
         )
     return float(torch.tensor(used, dtype=torch.float64).quantile(0.5)), ratios
 
@@ -77,7 +78,7 @@ def _rebuilt(points: Tensor, size: float, ratios: dict[str, float]) -> Tensor:
 
 def _ground(points: Tensor) -> Tensor:
     """Return where the bodies stand, (F, 2): x of the hips, y of the lower ankle (of the hips if no ankle is seen)."""
-    ankles = torch.where(points[:, [15, 16], 2] >= _SEEN, points[:, [15, 16], 1], -torch.inf).amax(-1)
+    ankles = torch.where(points[:, [15, 16], 2] >= VISIBLE, points[:, [15, 16], 1], -torch.inf).amax(-1)
     hips = points[:, _HIPS]
     return torch.stack((hips[:, 0], torch.where(ankles.isfinite(), ankles, hips[:, 1])), -1)
 
@@ -108,13 +109,13 @@ def fit_pose(
     driving, reference = _with_middles(keypoints), _with_middles(reference_keypoints)
     size, ratios = _ratios(driving, reference)
     scaled = _rebuilt(driving, size, ratios if per_limb else {})
-    feet = [(body[..., [15, 16], 2] >= _SEEN).any(-1) for body in (scaled, reference)]
+    feet = [(body[..., [15, 16], 2] >= VISIBLE).any(-1) for body in (scaled, reference)]
     by_feet = bool(feet[1]) and bool(feet[0].any())
     if not by_feet:  # one of the two shows no foot: then neither may be placed by its feet
         scaled, reference = scaled.clone(), reference.clone()
         scaled[:, [15, 16], 2] = reference[[15, 16], 2] = 0
-    usable = (scaled[:, _HIPS, 2] >= _SEEN) & (feet[0] if by_feet else True)
-    if not usable.any() or reference[_HIPS, 2] < _SEEN:
+    usable = (scaled[:, _HIPS, 2] >= VISIBLE) & (feet[0] if by_feet else True)
+    if not usable.any() or reference[_HIPS, 2] < VISIBLE:
         raise ValueError(
             "hips are seen in no usable driving frame or not in the reference: there is nothing to place by"
         )

@@ -22,10 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from entprog.data.pose import draw_skeleton, to_coco17
+from entprog.data.pose import VISIBLE, draw_skeleton, to_coco17
 
 Split = Literal["train", "test"]
-_VISIBLE = 0.3  # draw_skeleton's threshold
 _BLACK = 16  # what compression leaves of black, of 255
 
 
@@ -157,7 +156,7 @@ def _read_pose(path: Path, record: Record, shape: tuple[int, int], size: int) ->
     """Read keypoints (F, 17, 3) or the frames (F, 3, H, W) of a pose video; who is seen, (F,); how many there are."""
     if path.suffix == ".json":
         points = _read_keypoints(path, shape, size)
-        inside = ((points[..., :2] >= 0) & (points[..., :2] < size)).all(-1) & (points[..., 2] >= _VISIBLE)
+        inside = ((points[..., :2] >= 0) & (points[..., :2] < size)).all(-1) & (points[..., 2] >= VISIBLE)
         cut = slice(record.start, record.end)
         return points[cut], inside.sum(-1)[cut] >= 2, len(points)
     maps, total, own = _read(path, size, record.start, record.end)
@@ -210,7 +209,7 @@ def _windows(folder: Path, record: Record, size: int, frames: int, stride: int) 
         clip = {"video": video[used].transpose(0, 1) / 127.5 - 1}
         clip["reference"] = (video[far] if still is None else still) / 127.5 - 1
         if pose.ndim == 3:
-            clip["pose"] = draw_skeleton(pose[used], size, size, threshold=_VISIBLE).transpose(0, 1)
+            clip["pose"] = draw_skeleton(pose[used], size, size).transpose(0, 1)
             clip["keypoints"] = pose[used]
         else:
             clip["pose"] = pose[used].transpose(0, 1) / 255

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from entprog.data.pose import VISIBLE
 from entprog.data.prepared import LABELS
 from entprog.metrics.frame import _pair
 
-VISIBLE = 0.3  # as in draw_skeleton: what is not drawn in the pose map was not asked for
 ALPHA = 0.1
 
 # COCO's keypoint evaluation: k = 2 sigma, per keypoint.
@@ -72,7 +72,7 @@ def oks(found: Tensor, driving: Tensor, area: Tensor | None = None) -> float:
     distance, asked, box = _pose_errors(found, driving)
     size = box.prod(1) * 0.53 if area is None else area.double()
     spread = 2 * size.clamp(min=1)[:, None] * (2 * torch.tensor(COCO_SIGMAS, dtype=torch.float64)).square()
-    similarity = torch.exp(-distance.square() / spread) * asked
+    similarity = torch.where(asked, torch.exp(-distance.square() / spread), 0.0)  # NaN where a driving one is
     frames = asked.any(1)
     return (similarity.sum(1) / asked.sum(1))[frames].mean().item()
 
