@@ -6,7 +6,7 @@ import torch
 from entprog.blocks import find_blocks, record_example
 from entprog.config import make_config
 from entprog.data.prepared import LABELS
-from entprog.models.pose_dit import attend, pose_dit
+from entprog.models.pose_dit import PoseGuider, attend, pose_dit
 from entprog.models.pretrained import candidate_blocks, freeze_for_good, load_model, loss_fn, model_of, region_share
 from entprog.objective import OBJECTIVES
 
@@ -135,6 +135,25 @@ def test_a_model_for_other_channels_is_refused():
         model_of(make_config({"steps": 1, "autoencoder": "taef2"}))  # the embedded base takes pixels
     model = load_model("T", autoencoder="taef2")
     assert model.config["in_channels"] == 32 and model.config["pose_stride"] == 8 and model.config["motion_modules"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 5, 6, 8, 10, 12])
+def test_every_patch_size_has_a_pose_guider(stride):
+    model = pose_dit("T", depth=2, patch_size=stride, pose_stride=stride)
+    side = 2 * stride
+    video = model(torch.randn(1, 3, 2, side, side), torch.rand(1), pose=torch.rand(1, 3, 2, side, side))
+    assert video.shape == (1, 3, 2, side, side)
+
+
+def test_pose_guiders_keep_the_shapes_of_saved_weights_and_refuse_no_stride():
+    old = {2: (3, 1), 4: (3, 2), 8: (12, 2), 16: (48, 2)}  # channels of the first convolution, halvings
+    for stride, (channels, halvings) in old.items():
+        layers = [m for m in PoseGuider(32, stride).modules() if isinstance(m, torch.nn.Conv2d)]
+        inside = [32, 64][:halvings] + [64]
+        assert [m.in_channels for m in layers] == [channels, *inside]
+    with pytest.raises(ValueError, match="stride of 0 .* choose 1, 2, 3"):
+        pose_dit("T", depth=2, pose_stride=0)
 
 
 def test_guidance_needs_a_condition_of_the_run():

@@ -80,18 +80,22 @@ class TimestepEmbedder(nn.Module):
 class PoseGuider(nn.Module):
     """Encode pose maps as one vector per token, zero at initialisation.
 
-    Shapes: (B, 3, F, H, W) in [0, 1] -> (B, F, N, D); H and W are `stride` times the token grid.
+    Shapes: (B, 3, F, H, W) in [0, 1] -> (B, F, N, D); H and W are `stride` times the token grid. ValueError for a
+    stride below 1.
     """
 
     def __init__(self, hidden_size: int, stride: int) -> None:
         super().__init__()
-        folded = max(1, stride // 4)  # at most two halvings are learned: convolutions over all pixels are dear
+        if stride < 1:
+            raise ValueError(f"a pose stride of {stride} pixels a token is none: choose 1, 2, 3, ...")
+        halvings = 2 if stride % 4 == 0 else 1 if stride % 2 == 0 else 0
+        folded = stride // 2**halvings  # two halvings at most are learned: convolutions over all pixels are dear
         layers: list[nn.Module] = [nn.PixelUnshuffle(folded)] if folded > 1 else []
         layers += [nn.Conv2d(3 * folded**2, 32, 3, padding=1), nn.SiLU()]
-        for _ in range(int(math.log2(stride // folded))):
+        for _ in range(halvings):
             layers += [nn.Conv2d(layers[-2].out_channels, 64, 3, stride=2, padding=1), nn.SiLU()]  # type: ignore[arg-type]
         self.encoder = nn.Sequential(*layers)
-        self.proj_out = nn.Conv2d(64, hidden_size, 1)
+        self.proj_out = nn.Conv2d(layers[-2].out_channels, hidden_size, 1)  # type: ignore[arg-type]
 
     def forward(self, pose: Tensor) -> Tensor:
         batch, _, frames = pose.shape[:3]
