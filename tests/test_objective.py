@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from entprog.objective import OBJECTIVES
-from entprog.sample import _step, sample, windows
+from entprog.sample import SAMPLERS, _step, sample, windows
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -117,6 +117,29 @@ def test_ancestral_steps_are_the_ddpm_posterior():
     mean = (alpha_s * beta * x0 + step * sigma_s**2 * x_t) / sigma_t**2
     expected = mean + (sigma_s**2 / sigma_t**2 * beta) ** 0.5 * fresh
     assert torch.allclose(_step(objective, x0, noise, t, s, 1.0, fresh), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [12, 20])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_error_of_the_prediction_is_not_blown_up_by_the_sampler(name, sampler, steps):
+    """Data are Gaussian with a deviation of .7: the exact predictor is known, and errs by .05 here."""
+    objective, count = OBJECTIVES[name], 10_000
+    error = 0.05 * torch.randn(count, 1, 1, 1, 1, generator=torch.Generator().manual_seed(1))
+
+    class Erring(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x_t, t):
+            alpha, sigma = (v.view(-1, 1, 1, 1, 1) for v in objective.path(t))
+            x0 = 0.49 * alpha / (0.49 * alpha**2 + sigma**2) * x_t
+            return objective.target(x0, (x_t - alpha * x0) / sigma, t) + error
+
+    drawn = sample(Erring(), objective, {}, tuple(error.shape), num_inference_steps=steps, sampler=sampler)
+    assert drawn.std().item() == pytest.approx(0.7, abs=0.14), "few steps give .58, without the error as well"
+    assert abs(drawn.mean()) < 0.05
 
 
 @pytest.mark.parametrize(("frames", "window", "overlap"), [(16, 8, 4), (17, 8, 2), (40, 8, 0), (9, 8, 7), (5, 8, 4)])

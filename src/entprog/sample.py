@@ -1,9 +1,9 @@
 """Samplers: from noise to video with guidance, and clips longer than the window the model was trained on.
 
-All walk down the objective's path from t = 1 to 0. SAMPLERS maps a name to eta, the share of the fresh noise that each
-step may hold (DDIM, arXiv 2010.02502): 0 is deterministic, and for flow prediction exactly Euler's method; 1 is DDPM's
-ancestral sampling with the posterior variance (`ddpm` with 100 steps is what the human-video papers call IDDPM-100,
-but for the variance, which no model here learns).
+All walk down the objective's path from its `start`, near t = 1, to 0. SAMPLERS maps a name to eta, the share of the
+fresh noise that each step may hold (DDIM, arXiv 2010.02502): 0 is deterministic, and for flow prediction exactly
+Euler's method; 1 is DDPM's ancestral sampling with the posterior variance (`ddpm` with 100 steps is what the
+human-video papers call IDDPM-100, but for the variance, which no model here learns).
 """
 
 from collections.abc import Callable, Sequence
@@ -64,7 +64,7 @@ def sample(
     seed: int = 0,
     on_step: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """Draw videos (B, C, F, H, W) in the data's range, starting from seeded noise at t = 1.
+    """Draw videos (B, C, F, H, W) in the data's range, starting from seeded noise.
 
     guidance_scale w > 1 moves the prediction away from the one without the `guided` conditions,
     prediction = without + w (with - without), at twice the cost. With `window`, F may be larger than what the model
@@ -81,7 +81,7 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator).to(device)
     parts = windows(shape[2], window or shape[2], overlap)
-    times = torch.linspace(1 - 1e-3, 0, num_inference_steps + 1).tolist()
+    times = torch.linspace(objective.start, 0, num_inference_steps + 1).tolist()
     without = {k: v for k, v in conditions.items() if k not in guided}
 
     def predicted(x: Tensor, now: Tensor, given: dict[str, Tensor]) -> Tensor:
