@@ -57,7 +57,7 @@ def main() -> None:
             )
             return drawn.clamp(-1, 1)
 
-        with Console().status(f"{strategy}: drawing {args.clips} clips four ways"):
+        with Console().status(f"{strategy}: drawing {args.clips} clips three ways"):
             scores = swap_scores(draw, *swapped(args.clips, size=config.size, frames=config.frames, seed=4242))
         record = {"config": asdict(config), "results": results, "guidance": args.guidance, "swaps": scores}
         record |= environment()

@@ -65,10 +65,15 @@ def test_swap_scores_are_perfect_for_the_truth_and_chance_for_blind_generators()
         lambda pose, reference: truths.get(id(pose), clips["video"]), clips, other_pose, other_reference
     )
     assert perfect["model"]["pose_swap"] == 1 and perfect["model"]["reference_swap"] == 1
+    for chance in ("pose_swap", "reference_swap"):
+        assert 0.25 < perfect["shuffled"][chance] < 0.75
     blind = swap_scores(lambda pose, reference: torch.zeros_like(clips["video"]), clips, other_pose, other_reference)
     assert 0.2 < blind["model"]["pose_swap"] < 0.8
     assert not pose_obeyed(clips["video"], other_pose["video"], clips["video"]).any()
     assert not reference_obeyed(clips["video"], clips | {"masks": clips["masks"]}, clips).any()
+    two = [{k: v[:2] for k, v in d.items()} for d in (clips, other_pose, other_reference)]
+    with pytest.raises(ValueError, match="three or more"):
+        swap_scores(lambda pose, reference: two[0]["video"], *two)
 
 
 def test_every_clip_comes_once_an_epoch_and_batches_repeat_exactly():

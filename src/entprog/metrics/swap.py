@@ -46,14 +46,17 @@ def reference_obeyed(drawn: Tensor, new: Batch, old: Batch) -> Tensor:
 def swap_scores(draw: Draw, clips: Batch, other_pose: Batch, other_reference: Batch) -> dict[str, Any]:
     """Score a generator and its baselines on swaps.
 
-    `draw(pose, reference)` is called for the clips themselves, with the other pose, with the other reference, and with
-    the poses of shuffled clips. Returns shares in [0, 1] and the mean PSNR and SSIM of each way against the clips:
-    `model`, `copy_reference` (the reference as a still video) and `shuffled_pose`.
+    `draw(pose, reference)` is called for the clips themselves, with the other pose, and with the other reference, which
+    is that of the next clip. Returns shares in [0, 1] and the mean PSNR and SSIM of each way against the clips:
+    `model`, `copy_reference` (the reference as a still video) and `shuffled`, the video of the clip half a round away:
+    a third person in a third motion, whose shares are chance. ValueError for fewer than three clips.
     """
+    if len(clips["video"]) < 3:
+        raise ValueError(f"{len(clips['video'])} clips hold no third person to shuffle with: swap three or more")
     own = draw(clips["pose"], clips["reference"])
     posed = draw(other_pose["pose"], clips["reference"])
     dressed = draw(other_reference["pose"], other_reference["reference"])
-    shuffled = draw(clips["pose"].roll(len(clips["pose"]) // 2, 0), clips["reference"])
+    shuffled = own.roll(len(own) // 2, 0)
     still = clips["reference"][:, :, None].expand_as(own)
     other_still = other_reference["reference"][:, :, None].expand_as(own)
 
@@ -74,7 +77,7 @@ def swap_scores(draw: Draw, clips: Batch, other_pose: Batch, other_reference: Ba
         "copy_reference": row(
             still, pose_obeyed(still, new_truth, truth), reference_obeyed(other_still, other_reference, clips)
         ),
-        "shuffled_pose": row(
+        "shuffled": row(
             shuffled, pose_obeyed(shuffled, new_truth, truth), reference_obeyed(shuffled, other_reference, clips)
         ),
     }
