@@ -279,6 +279,22 @@ def test_layouts_of_videos_and_people_are_understood(tmp_path: Path) -> None:
             call()
 
 
+def test_a_file_name_of_several_videos_is_refused_and_a_full_name_is_its_own() -> None:
+    named = {n: Path(f"{n}.mp4") for n in ("ann/cam1", "bob/cam1", "bob/cam2", "cam2")}
+    subjects = {name: name for name in named}
+    for alias in ("cam1", "cam1.mp4"):
+        with pytest.raises(ValueError, match=r"'ann/cam1', 'bob/cam1'"):
+            split_sources(named, subjects, test_videos=[alias])
+        with pytest.raises(ValueError, match=r"'ann/cam1', 'bob/cam1'"):
+            find_subjects(named, {alias: "ann", "bob/cam2": "bob", "cam2": "cleo"})
+    sources, _ = split_sources(named, subjects, test_videos=["bob/cam1", "cam2"])
+    assert [s.name for s in sources if s.split == "test"] == ["bob/cam1", "cam2"]
+    whole = {"ann/cam1": "ann", "bob/cam1": "bob", "cam2": "cleo"}
+    assert find_subjects(named, whole | {"bob/cam2": "bob"})["cam2"] == "cleo"
+    with pytest.raises(ValueError, match="'bob/cam2' has no person"):
+        find_subjects(named, whole)  # cam2 is another video
+
+
 def test_the_split_keeps_people_together_and_never_tests_on_all() -> None:
     named = {f"{p}{v}": Path(f"{p}{v}.mp4") for p in "abcdefghij" for v in "12"}
     subjects = {name: name[0] for name in named}

@@ -70,8 +70,8 @@ def find_subjects(named: Mapping[str, Path], subject: str | Path | Mapping[str, 
 
     `subject` is "video" (every video shows another person), "folder" (the parent folder is the person), a mapping
     from name or file name to person, a JSON or CSV file (two columns) with that mapping, or a regular expression with
-    one group that is searched in the name, such as r"(\\w+)_cam". ValueError for anything else and for a video
-    without a person.
+    one group that is searched in the name, such as r"(\\w+)_cam". ValueError for anything else, for a video
+    without a person, and for a file name in the mapping that several videos have.
     """
     if isinstance(subject, Mapping):
         mapping = dict(subject)
@@ -83,13 +83,30 @@ def find_subjects(named: Mapping[str, Path], subject: str | Path | Mapping[str, 
         mapping = _read_mapping(Path(subject))
     else:
         mapping = _matched(named, str(subject))
-    found = {}
+    found, aliases = {}, _aliases(named)
     for name, path in named.items():
-        keys = [key for key in (name, path.name, path.stem) if key in mapping]
+        keys = [key for key in (name, path.name, path.stem) if key in mapping and name in aliases[key]]
         if not keys:
             raise ValueError(f"video {name!r} has no person in {subject}: add it, or choose 'video' or 'folder'")
+        _only(keys[0], aliases)
         found[name] = str(mapping[keys[0]])
     return found
+
+
+def _aliases(named: Mapping[str, Path]) -> dict[str, list[str]]:
+    """Return the videos that a name means: a full name its own, a file name with or without suffix all that have it."""
+    found: dict[str, list[str]] = {}
+    for name, path in named.items():
+        for alias in {path.name, path.stem}:
+            found.setdefault(alias, []).append(name)
+    return found | {name: [name] for name in named}
+
+
+def _only(alias: str, aliases: Mapping[str, Sequence[str]]) -> str:
+    """Return the one video that a name means; ValueError naming them if there are several."""
+    if len(fits := aliases[alias]) > 1:
+        raise ValueError(f"{alias!r} is the file name of {len(fits)} videos: write one of {sorted(fits)[:20]} instead")
+    return fits[0]
 
 
 def _read_mapping(path: Path) -> dict[str, str]:
@@ -132,17 +149,18 @@ def split_sources(
     `test_subjects` names the people to test on, `test_videos` videos (names or file names); without either, the
     `test_share` of the people (at least one, never all) that a hash of the seed orders first. All videos of a person
     go together, except by `test_videos`, which is for a single person: then a warning says who is on both sides.
-    ValueError for a share outside [0, 1), an unknown person or video, and if no one is left to train on.
+    ValueError for a share outside [0, 1), an unknown person or video, a file name that several videos have, and if no
+    one is left to train on.
     """
     if not 0 <= test_share < 1:
         raise ValueError(f"test_share is {test_share}, a share of the people lies in [0, 1)")
     people = sorted(set(subjects.values()), key=lambda s: _order(s, seed))
-    files = {alias: name for name, path in named.items() for alias in (path.name, path.stem, name)}
+    files = _aliases(named)
     for wanted, known in ((test_subjects, set(people)), (test_videos, set(files))):
         if unknown := sorted(set(wanted) - known):
             raise ValueError(f"{unknown} cannot be tested on: choose among {sorted(known)[:20]}")
     warnings = []
-    chosen, videos = set(test_subjects), {files[video] for video in test_videos}
+    chosen, videos = set(test_subjects), {_only(video, files) for video in test_videos}
     if not chosen and not videos and test_share:
         if len(people) == 1:
             warnings.append(f"the only subject is {people[0]!r}, so there is no test split: pass test_videos for one")
