@@ -212,14 +212,30 @@ def test_a_diverged_run_still_gives_a_page(tmp_path: Path):
 def test_verdict_says_when_entprog_wins_and_by_how_much():
     said = verdict([run_of("full", loss=0.5), run_of("ent-prog", loss=0.4)])
     assert "ent-prog ends with the lowest held-out loss, 0.4000" in said and "the others are worse beyond" in said
-    assert "reached full's final loss 2.00 times sooner" in said
+    assert "reached the last loss of full's curve" in said and "2.00 times sooner" in said
+
+
+def test_the_goal_of_times_is_the_end_of_fulls_curve_and_said_where_the_saved_model_differs(
+    tmp_path: Path, monkeypatch
+):
+    lines: list[float] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.axhline", lambda self, y, **k: lines.append(y) if "label" in k else 0)
+    curve = [{"step": i, "net_seconds": 50.0 * i, "loss": 0.8 - 0.1 * i} for i in range(3)]  # ends at .6
+    same, average = run_of("full", loss=0.6, curve=curve), run_of("full", loss=0.5, curve=curve)
+    won = run_of("ent-prog", loss=0.4, curve=[*curve[:-1], curve[-1] | {"loss": 0.4}])
+    assert "reached the last loss of full's curve 2.00 times" in verdict([same, won])
+    assert "reached the last loss of full's curve (curves are of the weights as they train" in verdict([average, won])
+    folder = comparison(tmp_path, strategies={"full": average.results, "ent-prog": won.results})
+    page = page_of(folder)
+    assert "The curve is of the weights as they train" in page and "as their average: full and lora." in page
+    assert lines and set(lines) == {curve[-1]["loss"]}, "the dotted line"
 
 
 def test_verdict_says_when_entprog_is_worse():
     slow = run_of("ent-prog", loss=0.6, time_to_full_loss=None, net_speedup=None)
     said = verdict([run_of("full", loss=0.5), slow])
     assert "full ends with the lowest" in said and "ent-prog is worse at 0.6000" in said and "beyond the spread" in said
-    assert "did not reach full's final loss within its 100.0 net seconds" in said
+    assert "did not reach the last loss of full's curve" in said and "within its 100.0 net seconds" in said
     late = run_of("ent-prog", loss=0.6, net_speedup=0.8)
     assert "1.25 times later" in verdict([run_of("full", loss=0.5), late])
 

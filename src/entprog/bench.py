@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from entprog.blocks import Block, evaluating, find_blocks, record_example
 from entprog.bypass import fidelity
+from entprog.checkpoint import write_whole
 from entprog.config import RunConfig, check_same
 from entprog.data.batches import Batch, Data, fixed_batches, load_data
 from entprog.data.cache import Stored
@@ -231,10 +232,11 @@ def paired_difference(losses: Sequence[float], others: Sequence[float]) -> dict[
 
 
 def with_speedups(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Add to each run when it reached full training's final held-out loss, and how many times sooner than full did.
+    """Add to each run when its curve reached the last loss of full training's, and how many times sooner than full did.
 
-    Net counts scoring and search, gross leaves out what they took up to then. None where the
-    loss was not reached or there is no `full`.
+    Curves are of the weights as they train; `held_out` is the saved model's loss, of their average where one is kept,
+    and is compared in `against_full`. Net counts scoring and search, gross leaves out what they took up to then. None
+    where the loss was not reached or there is no `full`.
     """
     full = runs.get("full")
     goal = full["curve"][-1]["loss"] if full else None
@@ -270,7 +272,7 @@ def compare(
     budget = next(iter(configs.values())).seconds
     results = {"kind": "comparison", "title": title, "budget_seconds": budget} | environment()
     results["strategies"] = with_speedups(runs)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -387,7 +389,7 @@ def wan_step_cost(dim: int = 256, rounds: int = 5, timed: bool = True) -> dict[s
 
 def write_step_cost(out: Path, models: Sequence[dict[str, Any]]) -> None:
     """Write measured step costs as step_cost.json of a folder."""
-    (out / "step_cost.json").write_text(json.dumps(environment() | {"models": list(models)}, indent=1) + "\n")
+    write_whole(out / "step_cost.json", json.dumps(environment() | {"models": list(models)}, indent=1) + "\n")
 
 
 def pose_dit_step_cost(config: RunConfig, ranking: Sequence[str], rounds: int = 5) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def write_recipe_report(folder: Path, results: dict[str, Any]) -> Path:
             "strategies": results["strategies"],
             "splits": {split: _quality(found, pairs[split]) for split, found in results["evaluation"].items()},
             "clips": _clips(folder, results["strategies"]),
+            "unseen": all(_unseen(e["protocol"]) for found in results["evaluation"].values() for e in found.values()),
             "phases": runs,
             "base": (
                 json.loads((folder / "base" / "results.json").read_text()) if (folder / "base").exists() else None
@@ -79,7 +80,7 @@ def _paired(found: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _verdict(results: Mapping[str, Any], pairs: Mapping[str, Any]) -> str:
-    """Say in one sentence where the strategies differ on unseen people beyond the spread of the clips."""
+    """Say in one sentence where the strategies differ on held-out clips beyond the spread of the clips."""
     strategies, split = results["strategies"], next(iter(results["evaluation"]), None)
     if split is None or len(strategies) < 2:
         return "One strategy was trained, so there is nothing to compare."
@@ -96,7 +97,14 @@ def _verdict(results: Mapping[str, Any], pairs: Mapping[str, Any]) -> str:
     parts = [f"better than {other} in {', '.join(better)}"] if better else []
     parts += [f"worse in {', '.join(worse)}"] if worse else []
     told = " and ".join(parts) or f"not told apart from {other} by any measure"
-    return f"On {found[one]['protocol']['clips']} clips of people that neither has seen ({split}), {one} is {told}."
+    protocol = found[one]["protocol"]
+    whose = "people that neither has seen" if _unseen(protocol) else "people that are in training, too,"
+    return f"On {protocol['clips']} clips of {whose} ({split}), {one} is {told}."
+
+
+def _unseen(protocol: Mapping[str, Any]) -> bool:
+    """Whether the data were split by person, as far as their preparation warned."""
+    return not any("shared between train and test" in said for said in (protocol.get("data") or {}).get("warnings", ()))
 
 
 def _quality(found: Mapping[str, Any], paired: Mapping[str, Any] | None) -> dict[str, Any]:

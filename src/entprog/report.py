@@ -36,6 +36,7 @@ LEDGER_COLOURS = {"training": "#9db4c0", "data": "#66a182", "scoring": "#0072b2"
 NET = tuple(LEDGER_COLOURS)  # what counts when strategies are compared; the rest of the ledger does not
 LEDGER_COLOURS |= {"held_out": "#c9b458", "checkpoint": "#a6568a", "sampling": "#b9a7d0", "other": "#8c8c8c"}
 CLIP_TYPES = {".png": "image/png", ".webp": "image/webp", ".gif": "image/gif"}
+CURVES = "curves are of the weights as they train, final losses of the saved ones, such as their average"
 SHARED_CLIPS = ("reference", "pose", "truth")
 
 
@@ -123,12 +124,23 @@ def _sooner(subject: Run, full: Run) -> str:
     time, speedup = subject.results.get("time_to_full_loss", math.nan), subject.results.get("net_speedup")
     if time is None:
         seconds = _number(subject.results.get("net_seconds"))
-        return f"{subject.name} did not reach full's final loss within its {seconds} net seconds"
+        return f"{subject.name} did not reach {_goal(subject, full)} within its {seconds} net seconds"
     if not speedup:
-        return f"how much sooner {subject.name} reached full's final loss was not measured"
+        return f"how much sooner {subject.name} reached {_goal(subject, full)} was not measured"
     times, word = (speedup, "sooner") if speedup >= 1 else (1 / speedup, "later")
     when = "at the same time" if 0.995 < speedup < 1.005 else f"{times:.2f} times {word}"
-    return f"{subject.name} reached full's final loss {when}, scoring and search included"
+    return f"{subject.name} reached {_goal(subject, full)} {when}, scoring and search included"
+
+
+def _goal(*runs: Run) -> str:
+    """Name the loss that times are taken to: the end of full's curve, which need not be its saved model's loss."""
+    return "the last loss of full's curve" + (f" ({CURVES})" if any(map(_saved_differs, runs)) else "")
+
+
+def _saved_differs(run: Run) -> bool:
+    """Whether the saved model is not the one the curve ends with: an average of weights, or frozen ones made whole."""
+    loss, curve = _loss(run), run.results.get("curve") or []
+    return bool(curve) and loss is not None and not math.isclose(loss, curve[-1]["loss"], rel_tol=1e-4)
 
 
 def _loss(run: Run) -> float | None:
@@ -168,6 +180,7 @@ def _content(folder: Path, results: dict[str, Any], runs: list[Run]) -> dict[str
         "lowest": min((loss for r in runs if (loss := _loss(r)) is not None), default=None),
         "ledger": _ledger_chart(ledgers) if ledgers else None,
         "curves": _curve_chart(curves) if curves else None,
+        "saved_differs": [r.name for r in runs if _saved_differs(r)],
         "scores": {r.name: (score_chart(r.scores[0]), r.scores) for r in runs if r.scores},
         "searches": {r.name: (search_chart(r.of("search")), r.of("search")) for r in runs if r.of("search")},
         "maps": {
@@ -258,8 +271,8 @@ def _curve_chart(runs: Sequence[Run]) -> str:
         x, y = ([p[key] for p in run.results["curve"]] for key in ("net_seconds", "loss"))
         for axes in (whole, late):
             axes.plot(x, y, "o-", ms=2.6, lw=1.5, color=colour, label=run.name)
-            if run.name == "full" and (goal := _loss(run)) is not None:
-                axes.axhline(goal, color=colour, ls=":", lw=1, label="full's final loss")
+            if run.name == "full" and math.isfinite(y[-1]):  # the goal that times to full's loss are taken to
+                axes.axhline(y[-1], color=colour, ls=":", lw=1, label="last loss of full's curve")
         interval = (run.results.get("held_out") or {}).get("interval") or [math.nan] * 2
         late.plot(x[-1:] * 2, interval, "_-", ms=7, lw=1.2, color=colour)
         seen += [v for a, v in zip([*x, end, end], [*y, *interval], strict=True) if a >= end / 2 and math.isfinite(v)]
@@ -267,7 +280,7 @@ def _curve_chart(runs: Sequence[Run]) -> str:
         margin = 0.06 * (max(seen) - min(seen)) or 0.01
         late.set(xlim=(end / 2, end * 1.02), ylim=(min(seen) - margin, max(seen) + margin))
     whole.set(xlabel="net seconds", ylabel="held-out loss", title="the whole run")
-    late.set(xlabel="net seconds", title="its second half, enlarged; upright bar: final interval")
+    late.set(xlabel="net seconds", title="its second half, enlarged; upright bar: the saved model's interval")
     whole.legend()
     return svg(figure)
 
