@@ -19,6 +19,7 @@ from entprog.data.prepared import LABELS, Prepared
 from entprog.data.sources import find_subjects, find_videos, split_sources
 from entprog.data.video import write_mp4
 from entprog.packaged import PackagedFileError
+from entprog.recipe_report import _unseen
 
 HEIGHT, WIDTH, TALL, BROAD = 96, 160, 60, 24
 # A person as shares of the rectangle that stands for it: from the eyes near the top to the ankles near the bottom.
@@ -188,7 +189,9 @@ def test_views_of_one_person_may_be_split_with_a_warning(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="shared between train and test.*'in'"):
         prepare(tmp_path / "in", tmp_path / "out", subject="folder", test_videos=["cam2.mp4"])
     assert [r["video"] for r in read(tmp_path / "out", "test")[0]] == ["cam2"]
-    assert "shared" in Prepared(tmp_path / "out", "test").about["warnings"][0]
+    about = Prepared(tmp_path / "out", "test").about
+    assert about["test"] == ["cam2"], "the video, not the whole person"
+    assert not _unseen({"data": about}) and _unseen({"data": about | {"warnings": []}})
 
 
 def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path: Path) -> None:
@@ -197,6 +200,8 @@ def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "in", tmp_path / "out", tracker=Bright(fails=1))
     assert {r["video"] for r in read(tmp_path / "out")[0]} == {"a"}
+    with (tmp_path / "out" / "videos.jsonl").open("a") as file:
+        file.write('{"video": "b", "i')  # killed while writing
     rest, again, seen = Bright(), Bright(), []
     prepare(tmp_path / "in", tmp_path / "out", tracker=rest, on_progress=lambda *what: seen.append(what))
     prepare(tmp_path / "in", tmp_path / "out", tracker=again)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import ABOUT, make_clip
 
+from entprog.checkpoint import write_results, write_whole
+from entprog.config import make_config
 from entprog.data.batches import batch_at, fixed_batches, load_data
 from entprog.data.cache import load_split, take
 from entprog.data.pose import draw_skeleton
-from entprog.data.prepared import LABELS, Prepared, ShardWriter, split_hash
+from entprog.data.prepared import LABELS, Prepared, ShardWriter, mended_lines, split_hash
 from entprog.models.autoencoder import Autoencoder
 
 
@@ -187,6 +189,37 @@ def test_a_torn_manifest_line_is_written_again(folder):
         (torn,) = (i for i in range(10) if f"clip-{i}" not in writer.done)
         writer.add(make_clip(torn, "train" if torn < 8 else "test"))
     assert json.loads((folder / "dataset.json").read_text()) == about
+
+
+def test_a_whole_manifest_is_not_written_again_and_a_line_without_its_end_counts(folder):
+    manifest = folder / "manifest.jsonl"
+    by_hand = (
+        manifest.read_text().replace('"id": ', '"id":').rstrip("\n")
+    )  # an editor saved it without the last newline
+    manifest.write_text(by_hand)
+    assert len(Prepared(folder, "train")) + len(Prepared(folder, "test")) == 10
+    with ShardWriter(folder, ABOUT) as writer:
+        assert len(writer.done) == 10
+        writer.add(make_clip(10))
+    assert manifest.read_text().startswith(by_hand + "\n") and len(mended_lines(manifest)) == 11
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_whole(path, "old")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("entprog.checkpoint.os.replace", killed)
+    for write in (
+        lambda: write_results(tmp_path, {"wall": 1.0}, {}),
+        lambda: write_whole(path, "new"),
+        lambda: make_config({"steps": 1}).save(path),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert path.read_text() == "old"
 
 
 def test_another_tools_manifest_is_not_touched(tmp_path):

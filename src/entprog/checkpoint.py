@@ -20,6 +20,16 @@ from entprog.cei import Scores
 from entprog.frozen import set_value, value_of
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside its place and move it there: a kill leaves the old file or the new one, never a part."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
 class RunLog:
     """The run folder's events.jsonl: one JSON object a line, on disk when `append` returns."""
 
@@ -67,9 +77,7 @@ class RunLog:
         events = [json.loads(line) for line in lines]
         kept = events[:keep] + [e for e in events[keep:] if replay and e["event"] == "decision"]
         self.decisions = {e["key"]: e["value"] for e in kept if e["event"] == "decision"}
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(e) + "\n" for e in kept))
-        os.replace(partial, self.path)
+        write_whole(self.path, "".join(json.dumps(e) + "\n" for e in kept))
         self.count = len(kept)
 
 
@@ -122,7 +130,7 @@ def put_back(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.opti
 
 def write_results(out: Path, ledger: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """Write a run folder's ledger.json and results.json, which gets the ledger's wall time; returns the results."""
-    (out / "ledger.json").write_text(json.dumps(ledger, indent=1) + "\n")
+    write_whole(out / "ledger.json", json.dumps(ledger, indent=1) + "\n")
     results = results | {"wall_seconds": ledger["wall"]}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     return results

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from entprog.checkpoint import write_whole
 from entprog.plan import parse_bytes
 from entprog.sample import SAMPLERS
 from entprog.strategy import STRATEGIES, Progressive
@@ -139,7 +140,7 @@ class RunConfig:
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML."""
-        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        write_whole(path, yaml.safe_dump(asdict(self), sort_keys=False))
 
 
 def make_config(values: dict[str, Any]) -> RunConfig:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from entprog.bench import compare, environment, first_clips, model_of, sample_clips, train_run
+from entprog.checkpoint import write_whole
 from entprog.config import RunConfig, make_config, read_yaml
 from entprog.data.batches import load_data
 from entprog.data.cache import Stored
@@ -318,7 +319,7 @@ def evaluate_strategies(recipe: Recipe, out: Path, on_progress: OnProgress) -> d
                     videos, prepared, estimate=ESTIMATORS[settings["pose"]](), networks=settings["networks"],
                     device=str(best_device()),
                 )  # fmt: skip
-                path.write_text(json.dumps(found, indent=1) + "\n")
+                write_whole(path, json.dumps(found, indent=1) + "\n")
             results.setdefault(split, {})[strategy] = json.loads(path.read_text())
     return results
 
@@ -345,7 +346,7 @@ def _pin_data(recipe: Recipe, out: Path) -> None:
     path, split_hash = out / "split_hash", Prepared(recipe.data, "train").about["split_hash"]
     if path.exists() and path.read_text() != split_hash:
         raise ValueError(f"{recipe.data} has changed since {out} was begun: choose another --out")
-    path.write_text(split_hash)
+    write_whole(path, split_hash)
 
 
 def run_recipe(recipe: Recipe, out: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
@@ -362,7 +363,7 @@ def run_recipe(recipe: Recipe, out: Path, on_progress: OnProgress | None = None)
     if path.exists() and (saved := yaml.safe_load(path.read_text())) != mine:
         differing = {k: (saved.get(k), v) for k, v in mine.items() if saved.get(k) != v}
         raise ValueError(f"{out} holds another recipe; (saved, now): {differing}. Choose another --out")
-    path.write_text(yaml.safe_dump(mine, sort_keys=False))
+    write_whole(path, yaml.safe_dump(mine, sort_keys=False))
     prepare_data(recipe, say)
     _splits(recipe)
     _pin_data(recipe, out)
@@ -370,5 +371,5 @@ def run_recipe(recipe: Recipe, out: Path, on_progress: OnProgress | None = None)
     phases = train_phases(recipe, out, base, say)
     results = {"kind": "recipe", "title": "human video", "strategies": list(recipe.strategies), "base": base}
     results |= environment() | {"phases": phases, "evaluation": evaluate_strategies(recipe, out, say)}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     return results

@@ -35,8 +35,8 @@ from entprog.data.framing import (
     label,
     to_box,
 )
-from entprog.data.prepared import PreparedClip, ShardWriter
-from entprog.data.sources import Source, find_subjects, find_videos, split_sources
+from entprog.data.prepared import PreparedClip, ShardWriter, mended_lines
+from entprog.data.sources import Source, find_subjects, find_videos, split_sources, videos_called
 
 _MOVED = 0.6  # what a reference counts whose box must be moved, compared to one in the window's own box
 
@@ -243,6 +243,7 @@ def prepare_videos(
         fps: frames a second, sampled by time stamps. A video with fewer is refused, not repeated.
         aspects: width to height; each clip takes the one nearest to the shape of the body's path.
         subject: whom a video shows; see `find_subjects`. Views of one person never lie in both splits, except by
+            test_videos.
         test_share, test_subjects, test_videos, seed: who is kept for testing; see `split_sources`.
         min_person: the person's length must be this share of the clip's height, in pixels of the source.
         min_presence: mean confidence in [0, 1] that there is a person, below which a window is left out.
@@ -271,6 +272,7 @@ def prepare_videos(
     named = find_videos(videos)
     options = {"test_share": test_share, "test_subjects": test_subjects, "test_videos": test_videos}
     sources, said = split_sources(named, find_subjects(named, subject), seed=seed, **options)  # type: ignore[arg-type]
+    alone = videos_called(named, test_videos)
     for message in said:
         warnings.warn(message, stacklevel=2)
     about = {
@@ -278,7 +280,7 @@ def prepare_videos(
         "aspects": list(aspects), "face_size": face_size, "min_person": min_person, "min_presence": min_presence,
         "smooth": smooth, "flips": flips, "seed": seed, "warnings": said,
         "poses": getattr(tracker, "name", "BlazePose"),
-        "test": sorted({s.name if s.name in test_videos else s.subject for s in sources if s.split == "test"}),
+        "test": sorted({s.name if s.name in alone else s.subject for s in sources if s.split == "test"}),
     }  # fmt: skip
     return _write(sources, Path(out), about, settings, tracker, on_progress)
 
@@ -332,6 +334,4 @@ def _write(
 
 def _finished(path: Path, done: set[str]) -> set[str]:
     """Return the videos whose clips are all on disk."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines]
-    return {record["video"] for record in records if set(record["ids"]) <= done}
+    return {record["video"] for record in mended_lines(path) if set(record["ids"]) <= done}

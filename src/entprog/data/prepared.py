@@ -9,6 +9,7 @@ Letters: N clips, F frames, H, W pixels.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from entprog.checkpoint import write_whole
 
 SPLITS = ("train", "test", "hard")  # test: unseen people; hard: unseen people and unseen motions
 
@@ -86,14 +89,12 @@ class ShardWriter:
                     f"{folder} was prepared as {saved}, now asked for as {self.about}: choose another --out"
                 )
         self._write_about({})
-        self.records = _read_lines(manifest) if manifest.exists() else []
-        if manifest.exists():  # without a line that a crash cut short
-            manifest.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+        self.records = mended_lines(manifest)
         self.done = {r["id"] for r in self.records}
         self._pending: dict[Any, list[PreparedClip]] = {}
 
     def _write_about(self, counted: Mapping[str, Any]) -> None:
-        (self.folder / "dataset.json").write_text(json.dumps(self.about | dict(counted), indent=1) + "\n")
+        write_whole(self.folder / "dataset.json", json.dumps(self.about | dict(counted), indent=1) + "\n")
 
     def add(self, clip: PreparedClip) -> None:
         """Take a clip; it is on disk when its shard is full or the writer is closed."""
@@ -141,9 +142,36 @@ class ShardWriter:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the manifest; a last line that a crash cut short is left out, its clip is made again."""
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+    """Read JSON lines; a last line that a crash cut short is left out, what it told is done again."""
+    *whole, last = path.read_text().split("\n")
+    if _is_json(last):  # written by hand, or cut just before its end
+        whole.append(last)
+    return [json.loads(line) for line in whole if line.strip()]
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def mended_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines that is to be added to, none if it is not there.
+
+    A last line that a crash cut short is cut off; those before it are not written again, so that no kill loses them.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    begin = content.rfind(b"\n") + 1
+    if begin < len(content) and _is_json(content[begin:].decode(errors="replace")):
+        with path.open("a") as file:
+            file.write("\n")
+    elif begin < len(content):
+        os.truncate(path, begin)
+    return _read_lines(path)
 
 
 def shape_groups(records: Iterable[Mapping[str, Any]]) -> list[list[int]]:

@@ -109,6 +109,12 @@ def _only(alias: str, aliases: Mapping[str, Sequence[str]]) -> str:
     return fits[0]
 
 
+def videos_called(named: Mapping[str, Path], called: Sequence[str]) -> set[str]:
+    """Return the names of the videos meant by names or file names; ValueError for one that several videos have."""
+    aliases = _aliases(named)
+    return {_only(alias, aliases) for alias in called}
+
+
 def _read_mapping(path: Path) -> dict[str, str]:
     text = path.read_text(encoding="utf-8")
     try:
@@ -160,7 +166,7 @@ def split_sources(
         if unknown := sorted(set(wanted) - known):
             raise ValueError(f"{unknown} cannot be tested on: choose among {sorted(known)[:20]}")
     warnings = []
-    chosen, videos = set(test_subjects), {_only(video, files) for video in test_videos}
+    chosen, videos = set(test_subjects), videos_called(named, test_videos)
     if not chosen and not videos and test_share:
         if len(people) == 1:
             warnings.append(f"the only subject is {people[0]!r}, so there is no test split: pass test_videos for one")
