@@ -1,6 +1,7 @@
 """Does training the blocks that matter for a condition move what that condition is for?
 
-    python benchmarks/conditions.py runs/human/subject/full --steps 300 --out runs/conditions
+    python benchmarks/conditions.py runs/human/subject/full --scored-on runs/human/pose/full --steps 300 \
+        --out runs/conditions
 
 starts from a model that knows the reference but no pose (the subject phase's), ranks its blocks by how much of their
 CEI comes from the reference and from the pose (measured on the pose phase's model with --scored-on), trains only the

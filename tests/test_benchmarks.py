@@ -60,6 +60,14 @@ def test_a_case_without_time_left_is_listed_and_measured_by_the_next_call(gpu, t
     assert case.name() in gpu.Manager(out, 0, device, shapes).result["rows"]
 
 
+def test_a_dry_run_shows_the_cases_asked_for(gpu, tmp_path: Path, capsys):
+    manager = gpu.Manager(tmp_path / "out.json", 0, torch.device("meta"), small(gpu))
+    wanted = [c.name() for c in gpu.cases() if c.model == "1.3B"][:1]
+    gpu.dry_run(manager, only=wanted[0])
+    shown = capsys.readouterr().out
+    assert [c.name() for c in gpu.cases() if c.name() in shown] == wanted
+
+
 def test_targets_are_met_or_missed_by_the_figures(gpu):
     rows = {key: {"speedup": wanted, "bytes": 2e9 * wanted} for _, key, _, wanted in gpu.TARGETS}
     met = {t["target"]: t["met"] for t in gpu.against_targets(rows)}

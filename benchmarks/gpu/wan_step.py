@@ -323,12 +323,12 @@ class Manager:
         self.out.write_text(json.dumps(self.result, indent=1) + "\n")
 
 
-def dry_run(manager: Manager) -> None:
-    """Print what the plan says of every case on a GPU."""
+def dry_run(manager: Manager, only: str = "") -> None:
+    """Print what the plan says of every case on a GPU whose name contains `only`."""
     table = Table(title="planned, one GPU")
     for column in ("case", "PFLOP", "of full training", "GB"):
         table.add_column(column, justify="left" if column == "case" else "right")
-    for case in cases():
+    for case in (c for c in cases() if only in c.name()):
         found, full = manager.bound(case), manager.bound(Case(case.model, "full"))
         share = f"1/{full['flops'] / found['flops']:.2f}"
         held = f"{found['predicted'] / 1e9:.1f}" if "predicted" in found else ""
@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="the cases with FLOPs and bytes as planned, no GPU needed")  # fmt: skip  # noqa: E501
     args = parser.parse_args()
     if args.dry_run:
-        dry_run(Manager(args.out, 0, torch.device("meta"), SHAPES))
+        dry_run(Manager(args.out, 0, torch.device("meta"), SHAPES), args.only)
         return
     if not args.twin and not torch.cuda.is_available():
         parser.error("there is no GPU here: pass --twin for the small model on the CPU")
