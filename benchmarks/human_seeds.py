@@ -5,11 +5,15 @@
 runs the recipe once for each seed into OUT/seed-N (from the same base if the recipe names one) and writes
 benchmarks/results/human_seeds.json: for each split and measure the means of every seed, and the paired difference
 (last strategy minus first) with a bootstrap interval over clips within a seed and over all seeds' clips together.
-Finished seeds are not repeated.
+Finished seeds are not repeated. With --apart the strategies of a seed run at once, each in a process of its own into
+OUT/seed-N/STRATEGY: equal wall time on cores that are equally loaded.
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -47,6 +51,32 @@ def summary(found: list[dict[str, Any]], one: str, other: str) -> dict[str, Any]
     return out
 
 
+def run_apart(recipe: str, overrides: list[str], seed: int, threads: int, out: Path) -> dict[str, Any]:
+    """Run each strategy of a recipe by itself, all at once; returns what `summary` needs of run_recipe's results."""
+    found, running = {}, {}
+    for strategy in load_recipe(recipe, overrides).strategies:
+        folder = out / strategy
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "entprog.cli", "train", recipe, *overrides, f"seed={seed}"]
+        command += [f"strategies=[{strategy}]", "--out", str(folder)]
+        with (out / f"{strategy}.log").open("w") as log:
+            running[strategy] = subprocess.Popen(
+                command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
+            )
+    for strategy, process in running.items():
+        if process.wait():
+            raise RuntimeError(f"{strategy} failed: see {out / strategy}.log")
+        found[strategy] = json.loads((out / strategy / "results.json").read_text())
+    one = next(iter(found.values()))
+    return {
+        "phases": {
+            phase: {"strategies": {s: r["phases"][phase]["strategies"][s] for s, r in found.items()}}
+            for phase in one["phases"]
+        },
+        "evaluation": {split: {s: r["evaluation"][split][s] for s, r in found.items()} for split in one["evaluation"]},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
@@ -54,13 +84,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--apart", action="store_true", help="all strategies of a seed at once")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []
     with progress_bar() as show:
         for seed in args.seeds:
-            recipe = load_recipe(args.recipe, [*args.overrides, f"seed={seed}"])
-            results.append(run_recipe(recipe, args.out / f"seed-{seed}", show))
+            recipe, folder = load_recipe(args.recipe, [*args.overrides, f"seed={seed}"]), args.out / f"seed-{seed}"
+            if args.apart:
+                show({"run": f"seed {seed}", "message": f"{', '.join(recipe.strategies)}: logs in {folder}"})
+                results.append(run_apart(args.recipe, args.overrides, seed, args.threads, folder))
+            else:
+                results.append(run_recipe(recipe, folder, show))
     first, *_, last = recipe.strategies
     content = environment() | {"recipe": str(args.recipe), "overrides": args.overrides, "seeds": args.seeds}
     content["phases"] = [
