@@ -1,9 +1,11 @@
 """The README, the examples and the configuration are what the code is."""
 
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from entprog.cli import _parser, main
 from entprog.config import RunConfig, load_config, make_config
@@ -50,6 +52,27 @@ def test_example_configurations_are_valid(path):
         assert set(load_recipe(path).strategies) <= set(STRATEGIES)
     else:
         assert load_config(path).strategy in STRATEGIES
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("wan_*.yaml")), ids=lambda p: p.name)
+def test_a_pipeline_trains_on_the_caption_that_its_header_encodes(path):
+    assert f'--caption "{load_config(path).caption}"' in path.read_text()
+
+
+def test_the_settings_in_the_readme_are_those_of_ent_prog():
+    shown = yaml.safe_load(README.split("```yaml\nstrategy: ent-prog")[1].split("```")[0])
+    assert shown == {k: getattr(STRATEGIES["ent-prog"](), k) for k in shown} and len(shown) > 10
+
+
+def test_what_the_texts_call_is_there_after_import_entprog():
+    import entprog
+
+    loaded = (ROOT / "src" / "entprog" / "__init__.py").read_text()
+    written = re.findall(r"\bentprog\.([a-z_.]+)\(", README + (ROOT / "docs" / "guide.md").read_text())
+    assert len(written) > 10
+    for path in (name.split(".") for name in written):
+        assert callable(attrgetter(".".join(path))(entprog)), path
+        assert len(path) == 1 or f"from entprog.{path[0]} import" in loaded, f"{path[0]} is not imported with entprog"
 
 
 def test_configuration_round_trips_and_errors_name_the_choices(tmp_path):

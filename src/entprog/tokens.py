@@ -3,7 +3,7 @@
 Attention is quadratic in tokens, so half of the frames at half the height and width cost less than an eighth of a step.
 A `shrink(batch, tokens) -> batch` knows how a batch is made smaller; `shrinker` builds one for batches of latents or
 pixels and what belongs to them. Held-out losses, scores and gradient fidelity never see a batch that was shrunk, and a
-run ends at full size (METHOD 3c; Progressive's axes, token_grid and tokens_until).
+run ends at full size (Progressive's axes, token_grid and tokens_until).
 
 Noise is cut, never averaged: the mean of four independent values has half their standard deviation. Places of a smaller
 grid can be told to a model that takes them: (i + 1/2) / s - 1/2 for the i-th of a side scaled by s, the middle of what
