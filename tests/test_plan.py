@@ -14,6 +14,7 @@ import entprog
 from entprog.blocks import find_blocks
 from entprog.cei import make_scores
 from entprog.cli import main
+from entprog.cost import OUTSIDE
 from entprog.measure import count_flops
 from entprog.plan import Accounting, check, modes_for, parse_bytes, spread
 from entprog.plan_models import MODEL_CLASSES, PUBLISHED, build, latent_shape
@@ -57,6 +58,21 @@ def test_flops_are_the_counters():
     entprog.set_active(blocks, [first])
     model.embed.requires_grad_(False)
     assert found.step(frozen)["flops"] == count_flops(lambda: model(**inputs).sum().backward())
+
+
+def test_predictions_are_the_same_at_every_call():
+    """What lies between blocks is told apart by where it is saved, never by addresses, which are used again."""
+    model, inputs = ZOO["wan"]()
+    found, alive = [], []
+    for _ in range(2):
+        measured = profile(model, inputs, lora_rank=0)
+        alive.append(torch.empty(1000, device="meta"))  # other addresses are free
+        names = list(measured.blocks)
+        steps = [measured.step(dict.fromkeys(names[:i], "pass"), outside=o) for i in (0, 1) for o in OUTSIDE]
+        found.append((steps, {k: c.gaps for k, c in measured._machine.captures.items()}))
+    assert found[0] == found[1]
+    held = [label for gaps in found[0][1].values() for kept in gaps.values() for label in kept]
+    assert any(label[0] == "between" for label in held)
 
 
 def test_the_model_is_left_alone():

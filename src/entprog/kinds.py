@@ -8,6 +8,7 @@ all blocks share count once), or one of its outputs'.
 
 import copy
 import types
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,8 +38,9 @@ class _Capture:
     backward: int = 0  # FLOPs, of all gaps together
 
     def label(self, held: Sequence[Holder], weights: set[int]) -> None:
-        """Name the storages by where they first occur, which is the same in every capture."""
+        """Name the storages by where they first occur, which is the same in every capture, as addresses are not."""
         labels: dict[int, Any] = {}
+        seen: Counter[tuple[int, int]] = Counter()
 
         def named(value: Any, label: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -50,10 +52,14 @@ class _Capture:
         for name, call in self.calls.items():
             call.inputs = [named(v, (name, "in", i)) for i, v in enumerate(call.leaves)]
             call.made = [named(v, (name, "out", i)) for i, v in enumerate(call.outputs)]
-        for h in held:
-            if (storage := storage_of(h.tensor)) not in weights:
-                label = labels.get(storage, ("between", storage))
-                self.gaps.setdefault(h.gap, {})[label] = h.tensor.untyped_storage().nbytes()
+        for h in sorted(held, key=lambda h: h.serial):
+            if (storage := storage_of(h.tensor)) in weights:
+                continue
+            size = h.tensor.untyped_storage().nbytes()
+            if storage not in labels:
+                labels[storage] = ("between", h.gap, size, seen[h.gap, size])
+                seen[h.gap, size] += 1
+            self.gaps.setdefault(h.gap, {})[labels[storage]] = size
 
 
 def _settings(module: nn.Module) -> list[Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -245,21 +246,22 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 class Holder:
-    """A saved tensor and where it was saved; autograd holds it as long as the tensor."""
+    """A saved tensor, where and as which one it was saved; autograd holds it as long as the tensor."""
 
-    __slots__ = ("__weakref__", "gap", "tensor")
+    __slots__ = ("__weakref__", "gap", "serial", "tensor")
 
-    def __init__(self, tensor: Tensor, gap: int) -> None:
-        self.tensor, self.gap = tensor, gap
+    def __init__(self, tensor: Tensor, gap: int, serial: int) -> None:
+        self.tensor, self.gap, self.serial = tensor, gap, serial
 
 
 @contextmanager
 def saved(gap: Callable[[], int] = lambda: 0) -> Iterator["weakref.WeakSet[Holder]"]:
-    """Yield the tensors that autograd holds, those still alive whenever one looks."""
+    """Yield the tensors that autograd holds, those still alive whenever one looks; the set has no order of its own."""
     held: weakref.WeakSet[Holder] = weakref.WeakSet()
+    serials = count()
 
     def pack(tensor: Tensor) -> Holder:
-        holder = Holder(tensor, gap())
+        holder = Holder(tensor, gap(), next(serials))
         held.add(holder)
         return holder
 
