@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from itertools import count, islice, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from conftest import ZOO, Plain
 from safetensors.torch import load_file
 from torch import nn
 
-from entprog import memory
+from entprog import memory, ranking
 from entprog.blocks import find_blocks, outside_blocks
-from entprog.budget import Budget, Keeping, merged
+from entprog.budget import SUMS, Budget, Keeping, merged
 from entprog.checkpointing import CHECKPOINTS
 from entprog.config import RunConfig
 from entprog.data.synthetic import figures
@@ -236,6 +237,27 @@ def test_gain_of_groups_is_gain_of_all():
     assert parts.ranking == whole.ranking
     assert parts.values == pytest.approx(whole.values, rel=1e-5)
     assert list(parts.intervals) == list(whole.intervals)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_gain_holds_of_all_batches_is_counted_in_float64(dtype, monkeypatch):
+    model, x = Plain(depth=4, width=8).to(dtype), torch.randn(2, 5, 8, dtype=dtype)
+    blocks = find_blocks(model)
+    count = sum(p.numel() for p in blocks[0].parameters())
+    settings = Progressive(priority="gain", stages=1)
+    names, outside = [b.name for b in blocks], outside_blocks(model, blocks, (), lambda: model(x))
+    budget = Budget("1GiB", model, blocks, names, outside, {"x": x}, 2, settings)
+    keeping = Keeping(None, "block")
+    one = count * (2 * dtype.itemsize + 16)  # a sample's gradient, their sum, two sums of all batches
+    budget.limit = budget.scoring(keeping) + 2 * one
+    assert budget.groups(blocks, SUMS["gain"]) == (keeping, [blocks[:2], blocks[2:]])
+    run = SimpleNamespace(blocks=blocks, budget=None, model=model, prediction=None, loss=None, t=None, held_bytes=0,
+                          score_batches=lambda: iter(()))  # fmt: skip
+    held = []
+    monkeypatch.setattr(ranking, "score", lambda *_, **__: held.append(run.held_bytes))
+    for priority in ("gain", "grad_norm", "cei"):
+        ranking._scored(run, priority, 2, None)
+    assert held == [4 * count * (dtype.itemsize + 16), 4 * count * dtype.itemsize, 0] and run.held_bytes == 0
 
 
 def test_a_step_that_holds_more_than_predicted_is_made_smaller_before_it_is_taken():

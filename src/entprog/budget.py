@@ -29,7 +29,7 @@ from entprog.plan import CHECKPOINTED, parse_bytes
 from entprog.profiling import Profile, profile
 from entprog.strategy import Progressive
 
-SUMS = {"gain": 4, "grad_norm": 0}  # what a score keeps of all batches, in gradients: two sums, in float64
+SUMS = {"gain": 16, "grad_norm": 0}  # bytes a parameter of what a score keeps of all batches: two sums, in float64
 MIXED = 3  # kinds of blocks whose checkpointing is tried in every mixture
 
 
@@ -85,6 +85,7 @@ class Budget:
         self.adapted = {b.name for b in blocks if b.adapters}
         self.always += tensor_bytes(p for b in blocks for p in b.adapters)
         self.sizes = {b.name: tensor_bytes(b.parameters()) for b in blocks}
+        self.counts = {b.name: sum(p.numel() for p in b.parameters()) for b in blocks}
         self.weights = tensor_bytes(model.parameters())
         self.already = already_checkpointed(model)
         self.parked = {p: parked_bytes(model, blocks, p) for p in ("cpu", settings.frozen_weights) if p}
@@ -148,11 +149,11 @@ class Budget:
         return held + 2 * self._trained(active)[0] + self.one_sample() + self.streams()
 
     def scoring(self, keeping: Keeping, group: int = 0, sums: int = 0) -> int:
-        """Bytes of scoring, sample by sample, by gradients of `group` bytes of blocks and sums of theirs over batches.
+        """Bytes of scoring, sample by sample, by gradients of `group` bytes of blocks and `sums` bytes over batches.
 
         The group's weights, its gradient of one sample and its sum over samples come on top.
         """
-        gradients = (sums + 2 + (keeping.frozen_weights is not None)) * group
+        gradients = sums + (2 + (keeping.frozen_weights is not None)) * group
         return self.weight_bytes((), keeping.frozen_weights) + gradients + self._trained(())[0] + self.one_sample()
 
     # -- what fits -----------------------------------------------------------------------------------------------------
@@ -223,13 +224,19 @@ class Budget:
         return keeping
 
     def groups(self, blocks: Sequence[Block], sums: int) -> tuple[Keeping, list[list[Block]]]:
-        """Return (how blocks are kept, groups of them whose gradients fit together, with sums of them) for a score."""
-        keeping = self.scores_kept(max(self.sizes[b.name] for b in blocks), sums)
+        """Return (how blocks are kept, groups of them whose gradients fit together) for a score.
+
+        sums: bytes a parameter of what it keeps of all batches, a row of SUMS.
+        """
+        keeping = self.scores_kept(
+            max(self.sizes[b.name] for b in blocks), sums * max(self.counts[b.name] for b in blocks)
+        )
         groups: list[list[Block]] = [[]]
         for block in blocks:
             if groups[-1]:
-                size = sum(self.sizes[b.name] for b in (*groups[-1], block))
-                if not self._fits(self.scoring(keeping, size, sums)):
+                names = [b.name for b in (*groups[-1], block)]
+                size, count = sum(self.sizes[n] for n in names), sum(self.counts[n] for n in names)
+                if not self._fits(self.scoring(keeping, size, sums * count)):
                     groups.append([])
             groups[-1].append(block)
         return keeping, groups
@@ -239,7 +246,7 @@ class Budget:
         largest = max(candidates, key=lambda n: self.sizes[n])
         modes = dict.fromkeys(self.sizes, "pass") | {largest: "train"}
         scored = [SUMS[p] for p in (self.settings.priority, *self.settings.also_score) if p in SUMS]
-        group, sums = (max(self.sizes.values()), max(scored)) if scored else (0, 0)
+        group, sums = (max(self.sizes.values()), max(scored) * max(self.counts.values())) if scored else (0, 0)
         needs = [
             min((self.training(modes, k), f"training one block, {k}") for k in self.options()),
             min((self.scoring(Keeping(p, "block"), group, sums), "scoring") for p in (None, "cpu")),

@@ -58,7 +58,7 @@ def batches_within_budget(prog: "EntProg") -> int:
 
 def _scored(prog: "EntProg", priority: str, batches: int, stop: Stop | None) -> Scores:
     drawn: Any = islice(prog.score_batches(), batches)
-    groups, held = [prog.blocks], 1 + SUMS[priority] if priority in SUMS else 0  # and the sum over the samples
+    groups = [prog.blocks]
     if prog.budget is not None:
         drawn = list(drawn)
         if priority in SUMS:
@@ -69,7 +69,9 @@ def _scored(prog: "EntProg", priority: str, batches: int, stop: Stop | None) -> 
         memory.rest(prog, keeping)
     parts = []
     for group in groups:
-        prog.held_bytes = held * tensor_bytes(p for b in group for p in b.parameters())
+        parameters = [p for b in group for p in b.parameters()]
+        if priority in SUMS:  # beside the sum over the samples
+            prog.held_bytes = tensor_bytes(parameters) + SUMS[priority] * sum(p.numel() for p in parameters)
         parts.append(
             score(
                 prog.model,
