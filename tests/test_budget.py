@@ -260,6 +260,21 @@ def test_what_gain_holds_of_all_batches_is_counted_in_float64(dtype, monkeypatch
     assert held == [4 * count * (dtype.itemsize + 16), 4 * count * dtype.itemsize, 0] and run.held_bytes == 0
 
 
+def test_a_budget_and_a_run_say_the_same_of_what_trains_outside_blocks():
+    for model, words in ((Plain(depth=3), {"all", "always"}), (nn.Sequential(*Plain(depth=3).blocks), {"none"})):
+        blocks, x = find_blocks(model), torch.randn(2, 5, 8)
+        always, stem = outside_blocks(model, blocks, (), lambda model=model, x=x: model(x))
+        settings, names, found = Progressive(priority="cei", stages=1), [b.name for b in blocks], set()
+        inputs = {"x" if isinstance(model, Plain) else "input": x}
+        budget = Budget("1GiB", model, blocks, names, (always, stem), inputs, 2, settings)
+        run = SimpleNamespace(blocks=blocks, stem=stem, always=always, settings=settings)
+        for active in names:
+            modes = dict.fromkeys(names, "pass") | {active: "train"}
+            found.add(memory.outside(run, modes))
+            assert budget._trained([active])[1] == memory.outside(run, modes)
+        assert found == words
+
+
 def test_a_step_that_holds_more_than_predicted_is_made_smaller_before_it_is_taken():
     limit = int(0.6 * full_need())
     settings = Progressive(priority="cei", schedule="fixed", active_share=0.75, stages=1, frozen="pass")

@@ -22,7 +22,7 @@ from torch import nn
 from entprog import parallel
 from entprog.blocks import Block
 from entprog.cei import Scores
-from entprog.cost import with_adapters
+from entprog.cost import outside_of, with_adapters
 from entprog.frozen import parked_bytes
 from entprog.measure import tensor_bytes
 from entprog.plan import CHECKPOINTED, parse_bytes
@@ -108,9 +108,8 @@ class Budget:
 
     def _trained(self, active: Sequence[str]) -> tuple[int, str]:
         """Bytes of what trains, and what of it lies outside blocks, in the profile's words."""
-        stem = self.settings.stem_trains(self.first in active)
-        outside = self.always + (self.stem if stem else 0)
-        return outside + sum(self.sizes[n] for n in active), "all" if stem else "always"
+        stem = self.stem if self.settings.stem_trains(self.first in active) else 0
+        return self.always + stem + sum(self.sizes[n] for n in active), outside_of(stem > 0, self.always > 0)
 
     def _step(self, modes: Mapping[str, str], keeping: Keeping) -> dict[str, int]:
         key = repr((sorted(modes.items()), keeping.checkpointing))

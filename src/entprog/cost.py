@@ -118,6 +118,14 @@ def with_adapters(modes: Mapping[str, str], adapted: Collection[str]) -> dict[st
     return {n: "lora" if n in adapted and m != "train" else m for n, m in modes.items()}
 
 
+def outside_of(stem: bool, always: bool) -> str:
+    """Return what trains outside blocks, one of OUTSIDE, where pretrained modules there train or not (`stem`).
+
+    always: whether there is anything that always trains, a head or what was made for the task.
+    """
+    return "all" if stem else "always" if always else "none"
+
+
 def state(outside: str, reached: bool) -> str:
     return f"{outside}, {'reached' if reached else 'not reached'}"
 

@@ -16,6 +16,7 @@ from entprog import parallel
 from entprog.blocks import forked_rng, record_example
 from entprog.budget import Budget, Keeping
 from entprog.checkpointing import checkpoint_blocks
+from entprog.cost import outside_of
 from entprog.frozen import settle_weights
 from entprog.measure import moments_to_come, saved_bytes, tensor_bytes, training_bytes
 from entprog.modes import set_active, set_mode
@@ -56,9 +57,7 @@ def reached(prog: "EntProg", modes: Mapping[str, str]) -> bool:
 
 def outside(prog: "EntProg", modes: Mapping[str, str]) -> str:
     """Return what trains outside blocks in some modes, in the words of cost.OUTSIDE."""
-    if prog.stem and reached(prog, modes):
-        return "all"
-    return "always" if prog.always else "none"
+    return outside_of(bool(prog.stem) and reached(prog, modes), bool(prog.always))
 
 
 def settle_state(prog: "EntProg") -> None:
