@@ -98,6 +98,25 @@ def test_configuration_round_trips_and_errors_name_the_choices(tmp_path):
         load_config(tmp_path / "c.yaml", ["mixed_precision=yes"])
 
 
+@pytest.mark.parametrize(
+    ("key", "wrong", "right"),
+    [
+        ("checkpoint_every", 0, 1), ("evaluations", 0, 1), ("num_inference_steps", 0, 1), ("batch_size", 0, 1),
+        ("held_out_draws", 0, 1), ("held_out_clips", 0, 1), ("clips", 0, 1), ("steps", 0, 1), ("frames", 0, 1),
+        ("size", 0, 1), ("frame_stride", 0, 1), ("lora_rank", 0, 1), ("samples", -1, 0), ("patch_size", -1, 0),
+        ("lr", -1, 0), ("weight_decay", -0.1, 0), ("max_grad_norm", -1, 0), ("person_weight", -1, 0),
+        ("face_weight", -1, 0), ("condition_dropout", 1.5, 1), ("joint_dropout", -0.1, 0), ("ema_decay", 1.5, 0),
+        ("lr_warmup", 1.1, 0), ("lr", float("nan"), 1e-5),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_with_what_is_valid(key, wrong, right):
+    with pytest.raises(ValueError, match=f"{key} = {wrong}: Input should be .*(greater|less) than"):
+        make_config({"steps": 1} | {key: wrong})
+    assert getattr(make_config({"steps": 1} | {key: right}), key) == right
+    with pytest.raises(ValueError, match="seconds = 0"):
+        make_config({"seconds": 0})
+
+
 def test_exit_codes(tmp_path, capsys):
     assert main(["train", str(ROOT / "examples" / "cpu_toy.yaml"), "--out", str(tmp_path), "--dry-run"]) == 0
     assert "strategy: ent-prog" in capsys.readouterr().out

@@ -70,6 +70,8 @@ def test_guidance_calls_the_model_without_the_condition():
     assert [s[1:] for s in model.seen] == [(True, True), (True, False)] * 2
     with pytest.raises(ValueError, match="guidance needs the conditions"):
         sample(model, OBJECTIVES["flow_prediction"], {}, tuple(x0.shape), guidance_scale=2.0)
+    with pytest.raises(ValueError, match="num_inference_steps 0 would return the noise"):
+        sample(model, OBJECTIVES["flow_prediction"], {}, tuple(x0.shape), num_inference_steps=0)
 
 
 def test_euler_for_flow_matching_is_what_the_sampler_does():

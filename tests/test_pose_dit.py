@@ -7,7 +7,15 @@ from entprog.blocks import find_blocks, record_example
 from entprog.config import make_config
 from entprog.data.prepared import LABELS
 from entprog.models.pose_dit import PoseGuider, attend, pose_dit
-from entprog.models.pretrained import candidate_blocks, freeze_for_good, load_model, loss_fn, model_of, region_share
+from entprog.models.pretrained import (
+    candidate_blocks,
+    check_origin,
+    freeze_for_good,
+    load_model,
+    loss_fn,
+    model_of,
+    region_share,
+)
 from entprog.objective import OBJECTIVES
 
 FLOW = OBJECTIVES["flow_prediction"]
@@ -131,7 +139,7 @@ def test_the_person_and_the_face_count_so_many_times():
 
 
 def test_a_model_for_other_channels_is_refused():
-    with pytest.raises(ValueError, match="does not belong"):
+    with pytest.raises(ValueError, match="trained with autoencoder='' and not 'taef2'"):
         model_of(make_config({"steps": 1, "autoencoder": "taef2"}))  # the embedded base takes pixels
     model = load_model("T", autoencoder="taef2")
     assert model.config["in_channels"] == 32 and model.config["pose_stride"] == 8 and model.config["motion_modules"]
@@ -154,6 +162,22 @@ def test_pose_guiders_keep_the_shapes_of_saved_weights_and_refuse_no_stride():
         assert [m.in_channels for m in layers] == [channels, *inside]
     with pytest.raises(ValueError, match="stride of 0 .* choose 1, 2, 3"):
         pose_dit("T", depth=2, pose_stride=0)
+
+
+def test_a_model_for_other_latents_of_the_same_shape_or_another_objective_is_refused(tmp_path):
+    people = {"steps": 1, "model": "people", "autoencoder": "taef2-people"}
+    check_origin(make_config(people))
+    with pytest.raises(ValueError, match="'people' was trained with autoencoder='taef2-people' and not 'taef2'"):
+        model_of(make_config(people | {"autoencoder": "taef2"}))
+    final = tmp_path / "checkpoints" / "final"
+    pose_dit("T", hidden_size=32, depth=2, num_heads=2).save_pretrained(final)
+    own = {"steps": 1, "model": str(final)}
+    model_of(make_config(own | {"objective": "epsilon"}))  # nobody knows how it was made
+    (tmp_path / "config.yaml").write_text("steps: 1\nobjective: epsilon\nautoencoder: ''\n")
+    model_of(make_config(own | {"objective": "epsilon"}))
+    for other in ({}, {"objective": "epsilon", "autoencoder": "taef2"}):
+        with pytest.raises(ValueError, match=r"trained with (objective='epsilon'|autoencoder='') and not"):
+            model_of(make_config(own | other))
 
 
 def test_guidance_needs_a_condition_of_the_run():

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import ABOUT, make_clip
 
+from entprog.bench import train_run
 from entprog.checkpoint import write_results, write_whole
-from entprog.config import make_config
+from entprog.config import check_same, check_size, load_config, make_config
 from entprog.data.batches import batch_at, fixed_batches, load_data
 from entprog.data.cache import load_split, take
 from entprog.data.pose import draw_skeleton
@@ -41,6 +42,8 @@ def test_an_interrupted_writer_goes_on(folder, tmp_path):
             writer.add(make_clip(i))
         raise Interrupted
     assert "split_hash" not in json.loads((tmp_path / "other" / "dataset.json").read_text())
+    with pytest.raises(ValueError, match="run the same command again"):  # not trained on as if it were whole
+        load_split(tmp_path / "other", "train")
     with ShardWriter(tmp_path / "other", ABOUT, per_shard=3) as writer:
         for i in range(10):
             if f"clip-{i}" not in writer.done:
@@ -166,13 +169,25 @@ def test_too_few_frames_are_refused(folder):
 
 
 def test_a_run_loads_the_split_it_asks_for(folder):
-    from entprog.config import make_config
-
     config = make_config({"data": str(folder), "steps": 1, "frames": 2, "held_out_clips": 1})
     assert len(load_data(config, "train")[0]["video"]) == 8
     assert len(load_data(config, "test")[0]["video"]) == 1
     with pytest.raises(ValueError, match="not prepared"):
         load_data(make_config({"data": str(folder.parent), "steps": 1, "autoencoder": "taef2"}), "train")
+
+
+def test_the_configuration_says_the_size_that_is_trained_on(folder, tmp_path):
+    values = {"data": str(folder), "steps": 1, "frames": 2, "model": "T"}
+    config = make_config(values)
+    check_size(config)
+    assert config.size == ABOUT["size"] == 16 and make_config({"steps": 1}).size == 24
+    with pytest.raises(ValueError, match="size 64: .* prepared at 16. Set size=16"):
+        train_run(make_config(values | {"size": 64}), tmp_path / "run")
+    config.save(tmp_path / "config.yaml")
+    saved = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(saved.replace("size: 16", "size: 24"))  # of a version that did not look
+    assert load_config(tmp_path / "config.yaml").size == 24
+    check_same(config, tmp_path)
 
 
 def test_labels_are_bytes():

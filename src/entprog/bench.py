@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from entprog.blocks import Block, evaluating, find_blocks, record_example
 from entprog.bypass import fidelity
 from entprog.checkpoint import write_whole
-from entprog.config import RunConfig, check_same
+from entprog.config import RunConfig, check_same, check_size
 from entprog.data.batches import Batch, Data, fixed_batches, load_data
 from entprog.data.cache import Stored
 from entprog.data.pose import draw_skeleton
@@ -59,13 +59,15 @@ def environment() -> dict[str, Any]:
 def first_clips(config: RunConfig, data: Data, count: int, frames: int | None = None) -> tuple[Batch, Tensor]:
     """Return the first clips of a split with their conditions, and their true pixels (N, 3, F, H, W) in [-1, 1].
 
-    `frames` from the beginning of each clip, by default as many as are trained on.
+    `frames` from the beginning of each clip, by default as many as are trained on. ValueError if a clip has fewer.
     """
     frames, column = frames or config.frames, data["video"]
     if isinstance(column, Stored):
         first = column.first(count)
         data = {k: v.subset(first) for k, v in data.items() if isinstance(v, Stored)}
         column, count = data["video"], len(first)
+    if frames > column.shape[2]:
+        raise ValueError(f"clips of {column.shape[2]} frames do not hold {frames}: choose at most {column.shape[2]}")
     count = min(count, len(column))
     whole = fixed_batches({k: v[:count] for k, v in data.items()}, batch_size=count, conditions=config.conditions)[0]
     batch = {k: v[:, :, :frames] if k in ("video", "pose", "noise") else v for k, v in whole.items()}
@@ -187,6 +189,7 @@ def train_run(config: RunConfig, out: Path, on_progress: OnProgress | None = Non
 
     In several processes rank 0 alone samples and writes, and the others return without samples.
     """
+    check_size(config)
     check_same(config, out)
     finished = out / "results.json"
     processes = PartialState(cpu=on_cpus())

@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from entprog.checkpoint import write_whole
+from entprog.data.prepared import is_prepared, stored_size
+from entprog.models.wan import is_pipeline
 from entprog.plan import parse_bytes
 from entprog.sample import SAMPLERS
 from entprog.strategy import STRATEGIES, Progressive
+
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]  # 0: none, or the default
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -60,45 +67,45 @@ class RunConfig:
     token_frames: Literal["first", "strided"] = "first"  # which ones: the first of a clip, or every n-th
     token_positions: Literal["scaled", "kept"] = "scaled"  # over the whole grid, or as of a smaller one; PoseDiT's
     max_memory: str | int | float | None = None  # what training may hold, as 24GiB; None: no limit
-    lora_rank: int = 8
+    lora_rank: Count = 8
     # on what
     data: str = "figures"  # "figures": drawn; else a prepared folder, or one with a manifest.jsonl
-    patch_size: int = 0  # of a new model's tokens; 0: 4 pixels, or 1 latent
+    patch_size: CountOrNone = 0  # of a new model's tokens; 0: 4 pixels, or 1 latent
     autoencoder: str = ""  # "": pixels; "taef2", "taef2-people", or a folder with a diffusers autoencoder: its latents
     conditions: tuple[Literal["pose", "reference"], ...] = ("pose", "reference")
     candidates: Literal["all", "temporal"] = "all"  # which blocks may train; the rest of the model stays frozen
     caption: str | None = None  # every clip's prompt for a pipeline; None: its own in the manifest
     domain: str = "target"  # of the drawn figures
-    clips: int = 1024  # drawn for training
-    held_out_clips: int = 32
-    size: int = 24
-    frames: int = 6
-    frame_stride: int = 1  # of real clips
+    clips: Count = 1024  # drawn for training
+    held_out_clips: Count = 32
+    size: Count = 24  # pixels of a side; left out with a prepared folder: that folder's
+    frames: Count = 6
+    frame_stride: Count = 1  # of real clips
     # how
-    seconds: float | None = None
-    steps: int | None = None
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    steps: Count | None = None
     clock: Literal["wall", "model"] = "wall"
-    batch_size: int = 4
-    lr: float = 1e-3
-    lr_warmup: float = 0.1  # share of the run
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    condition_dropout: float = 0.1  # of each condition, by batch
-    joint_dropout: float = 0.0  # of all conditions at once
-    person_weight: float = 1.0  # of the loss where a person is, the background having 1; needs prepared data
-    face_weight: float = 1.0  # where a face is, times as much again as the rest of the person
-    ema_decay: float = 0.0  # 0: no average is kept; with max_memory it lies in the host's memory
+    batch_size: Count = 4
+    lr: NotNegative = 1e-3
+    lr_warmup: Share = 0.1  # share of the run
+    weight_decay: NotNegative = 0.01
+    max_grad_norm: NotNegative = 1.0
+    condition_dropout: Share = 0.1  # of each condition, by batch
+    joint_dropout: Share = 0.0  # of all conditions at once
+    person_weight: NotNegative = 1.0  # of the loss where a person is, the background having 1; needs prepared data
+    face_weight: NotNegative = 1.0  # where a face is, times as much again as the rest of the person
+    ema_decay: Share = 0.0  # 0: no average is kept; with max_memory it lies in the host's memory
     # YAML reads a bare no as False
     mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
     seed: int = 0
     # what comes out
-    evaluations: int = 10  # held-out losses along the way
-    checkpoint_every: int = 200  # steps
-    held_out_draws: int = 1  # times and noises for each held-out clip
-    samples: int = 8
+    evaluations: Count = 10  # held-out losses along the way
+    checkpoint_every: Count = 200  # steps
+    held_out_draws: Count = 1  # times and noises for each held-out clip
+    samples: CountOrNone = 8
     sampler: str = "ddim"  # a row of SAMPLERS
     guided: tuple[Literal["pose", "reference"], ...] = ("reference",)  # what guidance moves away from lacking
-    num_inference_steps: int = 12
+    num_inference_steps: Count = 12
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -144,10 +151,15 @@ class RunConfig:
 
 
 def make_config(values: dict[str, Any]) -> RunConfig:
-    """Check values and make a configuration of them. ValueError with every wrong value and the valid choices."""
+    """Check values and make a configuration of them. ValueError with every wrong value and the valid choices.
+
+    Without a `size`, that of a prepared folder is taken.
+    """
     known = [f.name for f in fields(RunConfig)]
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"configuration keys {unknown} are unknown: choose from {known}")
+    if "size" not in values and (size := _size_of_data(values.get("data"), values.get("model"))):
+        values = values | {"size": size}
     try:
         config = TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
@@ -183,6 +195,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return make_config(values)
 
 
+def _size_of_data(data: Any, model: Any) -> int | None:
+    """Return the size that a prepared folder's clips have; None for other data and for a pipeline's runs."""
+    if not isinstance(data, str) or (isinstance(model, str) and is_pipeline(model)):
+        return None
+    return stored_size(data)
+
+
+def check_size(config: RunConfig) -> None:
+    """Refuse a size that is not that of the prepared clips: they are trained on as they are. ValueError with both."""
+    if (size := _size_of_data(config.data, config.model)) not in (None, config.size):
+        raise ValueError(
+            f"size {config.size}: the clips in {config.data} were prepared at {size}. Set size={size}, or prepare a "
+            f"folder with --size {config.size}"
+        )
+
+
 def check_same(config: RunConfig, folder: Path) -> None:
     """Refuse to go on in a run folder that was begun with another configuration.
 
@@ -192,6 +220,8 @@ def check_same(config: RunConfig, folder: Path) -> None:
     if not path.exists():
         return
     saved, mine = yaml.safe_load(path.read_text()), yaml.safe_load(yaml.safe_dump(asdict(config)))
+    if is_prepared(config.data):  # whose size was not noted by earlier versions, though it was trained on
+        saved["size"] = config.size
     differing = {k: (saved.get(k), v) for k, v in mine.items() if saved.get(k) != v}
     if differing:
         raise ValueError(

@@ -69,13 +69,15 @@ def sample(
     guidance_scale w > 1 moves the prediction away from the one without the `guided` conditions,
     prediction = without + w (with - without), at twice the cost. With `window`, F may be larger than what the model
     was trained on: at every step the predictions of overlapping windows are cross-faded. ValueError for a condition
-    that is not given and for an unknown sampler.
+    that is not given, for an unknown sampler and for fewer than one step.
     """
     guided = (guided,) if isinstance(guided, str) else tuple(guided)
     if guidance_scale != 1 and (not guided or set(guided) - set(conditions)):
         raise ValueError(f"guidance needs the conditions {guided}: the conditions given are {sorted(conditions)}")
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is unknown: choose one of {sorted(SAMPLERS)}")
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps {num_inference_steps} would return the noise: choose at least 1")
     eta = SAMPLERS[sampler]
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)

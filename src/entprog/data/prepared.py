@@ -194,17 +194,41 @@ def is_prepared(folder: str | Path) -> bool:
     return (Path(folder) / "dataset.json").exists()
 
 
+def read_about(folder: str | Path, *, finished: bool = True) -> dict[str, Any]:
+    """Return a prepared folder's dataset.json.
+
+    ValueError for a folder that is not prepared, and with `finished` for one whose clips are not all there: the hash of
+    the split is written last.
+    """
+    if not is_prepared(folder):
+        raise ValueError(f"{folder} holds no dataset.json: run entprog prepare first")
+    about: dict[str, Any] = json.loads((Path(folder) / "dataset.json").read_text())
+    if finished and "split_hash" not in about:
+        raise ValueError(
+            f"{folder} is not finished, its `entprog prepare` was interrupted or still runs: run the same command "
+            "again, it goes on where it was"
+        )
+    return about
+
+
+def stored_size(folder: str | Path) -> int | None:
+    """Return the `size` that a folder was prepared with, None for one that is not prepared or does not say."""
+    size = json.loads((Path(folder) / "dataset.json").read_text()).get("size") if is_prepared(folder) else None
+    return size if isinstance(size, int) else None
+
+
 class Prepared:
     """The clips of one split of a prepared folder, read from disk when they are asked for.
 
     `about` is dataset.json, `every` all manifest lines, `records` those of the split, in order; with `limit` so many of
-    them, spread evenly over the split. ValueError for a folder that is not prepared, or whose split is empty.
+    them, spread evenly over the split. ValueError for a folder that is not prepared, or only in part, or whose split
+    is empty.
     """
 
     def __init__(self, folder: str | Path, split: str, limit: int | None = None) -> None:
         self.folder, self.split = Path(folder), split
+        self.about = read_about(folder)
         self.every = read_manifest(folder)
-        self.about: dict[str, Any] = json.loads((self.folder / "dataset.json").read_text())
         self.records = [r for r in self.every if r["split"] == split]
         if not self.records:
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as nnf
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,12 +27,14 @@ from entprog.objective import OBJECTIVES, Objective, shifted
 if TYPE_CHECKING:
     from entprog.config import RunConfig
 
-# The weights that lie here, each with a JSON that says how they were made: name -> constructor arguments.
-EMBEDDED: dict[str, tuple[str, dict[str, Any]]] = {
-    "base": ("T", {}),  # drawn figures, 24 px, pixels
-    "people": (  # rendered people, 64 px, latents of taef2-people
+# The weights that lie here, each with a JSON that says how they were made: name -> size, constructor arguments, and the
+# autoencoder whose latents they know.
+EMBEDDED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "base": ("T", {}, ""),  # drawn figures, 24 px, pixels
+    "people": (  # rendered people, 64 px
         "P",
         {"in_channels": 32, "patch_size": 1, "pose_stride": 8, "motion_modules": True},
+        "taef2-people",
     ),
 }
 
@@ -44,7 +47,7 @@ def load_model(name: str, *, seed: int = 0, autoencoder: str = "", patch_size: i
     else, with the choices.
     """
     if name in EMBEDDED:
-        size, arguments = EMBEDDED[name]
+        size, arguments, _ = EMBEDDED[name]
         model = pose_dit(size, **arguments)
         weights = load_file(Path(__file__).parent / f"pose_dit_{size.lower()}.safetensors")
         model.load_state_dict({k: v.float() for k, v in weights.items()})
@@ -65,10 +68,36 @@ def load_model(name: str, *, seed: int = 0, autoencoder: str = "", patch_size: i
     )
 
 
+def check_origin(config: "RunConfig") -> None:
+    """Refuse weights that were made in other latents or for another objective than the configuration's.
+
+    ValueError for a row of EMBEDDED with another autoencoder, and for RUN/checkpoints/final where RUN/config.yaml says
+    so; channels alone do not tell, for the latents of all TAEF2's kin have the same shape.
+    """
+    made: dict[str, Any] = {}
+    folder = Path(config.model).resolve()
+    if config.model in EMBEDDED:
+        made = {"autoencoder": EMBEDDED[config.model][2]}
+    elif folder.parts[-2:] == ("checkpoints", "final") and (run := folder.parents[1] / "config.yaml").exists():
+        saved = yaml.safe_load(run.read_text()) or {}
+        made = {k: saved[k] for k in ("autoencoder", "objective") if k in saved}
+    if wrong := {k: getattr(config, k) for k, v in made.items() if not _same(getattr(config, k), v)}:
+        said = ", ".join(f"{k}={made[k]!r} and not {v!r}" for k, v in wrong.items())
+        raise ValueError(f"model {config.model!r} was trained with {said}: set what it was trained with, or choose "
+                         "another model (a copy of its folder elsewhere if you mean to retrain it)")  # fmt: skip
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two values are equal, or name one folder."""
+    there = one and other and Path(one).exists() and Path(other).exists()
+    return one == other or bool(there and Path(one).samefile(other))
+
+
 def _pose_dit_of(config: "RunConfig") -> PoseDiT:
     """Load the PoseDiT a configuration names, for its data."""
     if wrong := {k: v for k, v in (("expert", config.expert), ("dtype", config.dtype)) if v is not None}:
         raise ValueError(f"{wrong} belong to pipeline folders, and model {config.model!r} is none: leave them out")
+    check_origin(config)
     model = load_model(config.model, seed=config.seed, autoencoder=config.autoencoder, patch_size=config.patch_size)
     wanted = _tokens(config.autoencoder, 0).get("in_channels", 3)
     if model.config["in_channels"] != wanted:
