@@ -11,7 +11,9 @@ from conftest import ABOUT, make_clip
 from entprog.data.prepared import ShardWriter
 from entprog.evaluate import ESTIMATORS
 from entprog.models.pretrained import load_model
-from entprog.recipe import PRESETS, is_recipe, load_recipe, make_recipe, run_recipe
+from entprog.packaged import PackagedFileError
+from entprog.recipe import PRESETS, is_recipe, load_recipe, make_recipe, prepare_data, run_recipe
+from entprog.recipe_check import RENDERED
 from entprog.report import write_report
 
 TINY = {
@@ -91,11 +93,118 @@ def test_a_file_lies_over_its_preset_and_overrides_over_the_file(tmp_path):
         ({"preset": "cpu", "data": "d", "evaluation": {"networks": ["vgg19"]}}, "networks .'vgg19'"),
         ({"preset": "cpu", "data": "d", "evaluation": {"clip": 3}}, "splits, clips, networks and pose"),
         ({"preset": "cpu", "data": "d", "common": {"lerning_rate": 1}}, "lerning_rate"),
+        ({"data": "d", "preset": ["cpu"]}, "preset = .'cpu'.: give a name"),
+        ({"data": 5}, "data = 5: give a name"),
+        ({"data": "d", "evaluation": None}, "evaluation = None: give a mapping"),
+        ({"data": "d", "common": None}, "common = None: give a mapping"),
+        ({"data": "d", "base": "people"}, "base = 'people': give a mapping"),
+        ({"data": "d", "phases": ["pose", "video"]}, "phases = .'pose', 'video'.: give a mapping"),
+        ({"data": "d", "phases": {"pose": 60}}, "phases.pose = 60: give a mapping"),
+        ({"data": "d", "phases": dict.fromkeys(("subject", "pose", "video"))}, "leave at least one"),
+        ({"data": "d", "phases": {"pose": {"size": 32}}}, "phases.pose.size = 32: all runs"),
+        ({"data": "d", "strategies": []}, r"strategies = \[\]: give a list of names"),
+        ({"data": "d", "strategies": "full"}, "strategies = 'full': give a list"),
+        ({"data": "d", "strategies": ["full", "full"]}, "each once"),
+        ({"data": "d", "evaluation": {"splits": []}}, "evaluation.splits = "),
+        ({"data": "d", "evaluation": {"networks": "vgg"}}, "evaluation.networks = 'vgg': give a list"),
+        ({"data": "d", "evaluation": {"clips": -1}}, "evaluation.clips -1: choose .* at least 1"),
+        ({"data": "d", "evaluation": {"clips": None}}, "splits, clips, networks and pose, not"),
+        ({"data": "d", "common": {"autoencoder": "taef3"}}, "'taef3' is unknown: choose one of .'taef2'"),
+        ({"data": "d", "common": {"autoencoder": "taef2"}}, "trained with autoencoder='taef2-people' and not 'taef2'"),
+        ({"data": "d", "common": {"size": 128}}, "common.size 128: .* are of 64"),
+        ({"data": "d", "people": {"peeple": 1}}, "people .'peeple'. are unknown"),
+        ({"data": "d", "people": {"people": 400}}, "people.people = 400: give a mapping"),
+        ({"data": "d", "people": {"people": {"dev": 4}}}, "people.people = .*'train'"),
+        ({"data": "d", "people": {"people": {"train": "many"}}}, "people.people.train = 'many': give a whole"),
+        ({"data": "d", "people": {"clips_per_person": None}}, "people.clips_per_person = None: give a whole"),
     ],
 )
 def test_bad_recipes_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         make_recipe(values)
+
+
+def test_overrides_reach_below_an_empty_key_and_are_refused_below_a_value(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("preset: cpu\ndata: d\ncommon:\nseed: 3\n")
+    assert load_recipe(path, ["common.lr=1"]).common["lr"] == 1
+    for override in ("seed.lr=1", "seed.lr.x=1"):
+        with pytest.raises(ValueError, match="seed is 3 in .*not a mapping"):
+            load_recipe(path, [override])
+    path.write_text("[phases]")
+    with pytest.raises(ValueError, match="holds list"):
+        load_recipe(path)
+
+
+def rendered(folder: Path, people: int = 3, done: bool = True) -> Path:
+    """A folder that says that it holds rendered people, two clips of each; the last one is for testing."""
+    try:
+        with ShardWriter(folder, ABOUT | {"kind": "rendered"}) as writer:
+            for i in range(2 * people):
+                writer.add(make_clip(i, "train" if i // 2 < people - 1 else "test"))
+            if not done:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    return folder
+
+
+PEOPLE = {"people": {"train": 2, "test": 1, "hard": None}, "size": 16, "frames": 6, "clips_per_person": 2}
+
+
+def test_rendered_people_are_the_recipes_or_are_refused(tmp_path, monkeypatch):
+    folder = rendered(tmp_path / "data")
+    prepare_data(tiny(folder, people=PEOPLE), print)  # what the command line rendered goes on working
+    prepare_data(tiny(folder, people=PEOPLE | {"fps": 10.0, "seed": 0}), print)
+    for change, said in (
+        ({"people": PEOPLE["people"] | {"train": 40}}, "'people': {'train': 2, 'test': 1}}, the recipe says .*40"),
+        ({"seed": 7}, "{'seed': 0}, the recipe says {'seed': 7}"),
+        ({"clips_per_person": 9}, "{'clips_per_person': 2}, the recipe says {'clips_per_person': 9}"),
+        ({"frames": 8}, "{'frames': 6}, the recipe says {'frames': 8}"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            prepare_data(tiny(folder, people=PEOPLE | change), print)
+    prepare_data(tiny(folder, people=None), print)  # as it is
+    with pytest.raises(ValueError, match="no people to render"):
+        prepare_data(tiny(tmp_path / "nothing", people=None, common={"size": 64}), print)
+    asked = []
+    torn = rendered(tmp_path / "torn", done=False)
+    monkeypatch.setattr("entprog.data.rendered.render_people", lambda *a, **k: asked.append((a, k)) or rendered(torn))
+    with pytest.raises(ValueError, match="not finished"):
+        prepare_data(tiny(torn, people=None), print)
+    monkeypatch.setattr("entprog.data.rendered.render_people", lambda *a, **k: asked.append((a, k)))
+    with pytest.raises(ValueError, match="not finished"):  # for this stand-in renders nothing
+        prepare_data(tiny(torn, people=PEOPLE), print)
+    assert asked[0][0][0] == {"train": 2, "test": 1} and asked[0][1]["clips_per_person"] == 2
+
+
+def test_what_is_rendered_without_saying_so_is_what_render_people_says():
+    from inspect import signature
+
+    from entprog.data.rendered import render_people
+
+    known = signature(render_people).parameters
+    assert {k: known[k].default for k in RENDERED} == RENDERED
+
+
+def test_a_recipe_over_ones_own_footage_has_its_size(folder):
+    values = json.loads(json.dumps(TINY)) | {"data": str(folder)}
+    del values["common"]["size"]  # the preset's is 64
+    assert make_recipe(values).config("pose", "full", "P").size == ABOUT["size"] == 16
+    values["common"]["size"] = 64
+    with pytest.raises(ValueError, match="common.size 64: .* are of 16"):
+        make_recipe(values)
+
+
+def test_networks_that_cannot_be_had_are_known_before_anything_is_made(folder, tmp_path, monkeypatch):
+    def missing(*_):
+        raise PackagedFileError("vgg cannot be downloaded")
+
+    monkeypatch.setitem(ESTIMATORS, "movenet", object)
+    monkeypatch.setattr("entprog.evaluate.load_lpips", missing)
+    monkeypatch.setattr("entprog.recipe.train_base", lambda *_: pytest.fail("trains before it looks"))
+    with pytest.raises(PackagedFileError, match="vgg cannot"):
+        run_recipe(tiny(folder, evaluation=TINY["evaluation"] | {"networks": ["vgg"]}), tmp_path / "out")
 
 
 def test_a_recipe_hands_on_from_phase_to_phase_and_writes_its_page(folder, tmp_path, monkeypatch):

@@ -321,12 +321,10 @@ def evaluate(
     ValueError naming the ids for videos that are missing, unknown or of another shape, and for unknown networks;
     PackagedFileError when a network's weights cannot be had.
     """
-    if unknown := set(networks) - set(NETWORKS):
-        raise ValueError(f"networks {sorted(unknown)} are unknown: choose from {NETWORKS}")
     _check_videos(videos, data)
     at_hand = {*networks, *(["estimate"] if estimate else [])}
     no_fvd = "i3d is not among the networks" if "i3d" not in networks else _no_fvd(data)
-    _load(networks, device, no_fvd is None)
+    load_networks(networks, device, no_fvd is None)
     ways = ("generated", "truth", *(("copy_reference", "shuffled") if baselines else ()))
     scores: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     logits: dict[str, list[Tensor]] = {way: [] for way in ways if way != "shuffled"}
@@ -384,11 +382,13 @@ def evaluate(
     return result
 
 
-def _load(networks: Sequence[str], device: str, fvd: bool) -> None:
-    """Load the networks before the first clip, so that what cannot be had is known at once."""
+def load_networks(networks: Sequence[str], device: str = "cpu", fvd: bool = True) -> None:
+    """Load networks before they are needed. ValueError for unknown ones, PackagedFileError for what cannot be had."""
+    if unknown := set(networks) - set(NETWORKS):
+        raise ValueError(f"networks {sorted(unknown)} are unknown: choose from {NETWORKS}")
     for net in (n for n in networks if n in BACKBONES):
         load_lpips(net, device)
-    if fvd:
+    if fvd and "i3d" in networks:
         frechet.load_i3d(device)
     if "face" in networks:
         identity.check_face_networks()

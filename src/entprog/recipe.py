@@ -27,10 +27,12 @@ from entprog.config import RunConfig, make_config, read_yaml
 from entprog.data.batches import load_data
 from entprog.data.cache import Stored
 from entprog.data.pose import draw_skeleton
-from entprog.data.prepared import SPLITS, Prepared, is_prepared
+from entprog.data.prepared import SPLITS, Prepared, is_prepared, read_about, stored_size
 from entprog.data.video import write_png, write_webp
 from entprog.measure import best_device
-from entprog.models.pretrained import EMBEDDED
+from entprog.models.autoencoder import latent_places
+from entprog.models.pretrained import EMBEDDED, check_origin
+from entprog.recipe_check import check_rendered, check_shape
 
 OnProgress = Callable[[dict[str, Any]], None]
 PHASES = ("subject", "pose", "video")
@@ -49,7 +51,8 @@ _TASKS: dict[str, dict[str, Any]] = {
 class Recipe:
     """What a recipe file says, resolved: RunConfig values common to all runs, and each phase's own.
 
-    `data` is a prepared folder, made with the arguments in `people` (of `render_people`) if it is not there. `base`
+    `data` is a prepared folder, made with the arguments in `people` (of `render_people`) if it is not there; `people`
+    is empty where nothing may be rendered. Its size is every run's, whatever the preset's. `base`
     holds the values of the run that pretrains the base, or {"model": one that is pretrained}. `evaluation`: splits,
     clips of each, networks, which detector looks for the pose.
     """
@@ -66,10 +69,10 @@ class Recipe:
     def config(self, phase: str, strategy: str, model: str) -> RunConfig:
         """Return one run's configuration. ValueError for values that RunConfig refuses."""
         own = self.base if phase == "base" else self.phases[phase]
-        values = (
-            {"data": str(Path(self.data).resolve()), "seed": self.seed} | dict(self.common) | _TASKS[phase] | dict(own)
-        )
-        return make_config(values | {"strategy": strategy, "model": model})
+        values = {"data": str(Path(self.data).resolve()), "seed": self.seed} | dict(self.common)
+        if size := stored_size(self.data):  # a preset's is that of the people it renders
+            values["size"] = size
+        return make_config(values | _TASKS[phase] | dict(own) | {"strategy": strategy, "model": model})
 
 
 def cpu() -> dict[str, Any]:
@@ -144,6 +147,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     ValueError for keys, presets, phases and values that are not valid.
     """
     values = read_yaml(path) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, not a mapping of recipe keys to values")
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator:
@@ -151,29 +156,39 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         *parents, last = key.split(".")
         place = values
         for parent in parents:
-            place = place.setdefault(parent, {})
+            if place.get(parent) is None:  # a key with nothing below it is null in YAML
+                place[parent] = {}
+            place = place[parent]
+            if not isinstance(place, dict):
+                raise ValueError(f"override {item!r}: {parent} is {place!r} in {path}, not a mapping that holds {last}")
         place[last] = yaml.safe_load(value)
     return make_recipe(values)
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
-    """Lay values over the preset they name, and check every run's configuration."""
-    name = values.get("preset", "cpu")
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown: choose one of {sorted(PRESETS)}")
+    """Lay values over the preset they name, and check every run's configuration.
+
+    `people: null` renders nobody, `phases: {subject: null}` leaves a phase out. ValueError as for `load_recipe`.
+    """
     known = set(Recipe.__dataclass_fields__) | {"preset"}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"recipe keys {unknown} are unknown: choose from {sorted(known)}")
+    check_shape(values, PHASES)
+    if (name := values.get("preset", "cpu")) not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown: choose one of {sorted(PRESETS)}")
     merged = _laid_over(PRESETS[name](), {k: v for k, v in values.items() if k != "preset"})
-    if wrong := sorted(set(merged["phases"]) - set(PHASES)):
-        raise ValueError(f"phases {wrong} are unknown: choose from {PHASES}")
     if "data" not in merged:
         raise ValueError("a recipe needs data: a prepared folder, or where to render one")
-    if not all(isinstance(v, Mapping) for v in (*merged["phases"].values(), merged["people"], merged["evaluation"])):
-        raise ValueError(f"phases, people and evaluation hold mappings: {merged['phases']}, {merged['evaluation']}")
     if set(merged["evaluation"]) != {"splits", "clips", "networks", "pose"}:
         raise ValueError(f"evaluation takes splits, clips, networks and pose, not {sorted(merged['evaluation'])}")
+    merged.setdefault("people", {})
     merged["strategies"] = tuple(merged.get("strategies", ("full", "ent-prog")))
+    size, stored = values.get("common", {}).get("size"), stored_size(merged["data"]) or merged["people"].get("size")
+    if size is not None and stored is not None and size != stored:
+        raise ValueError(
+            f"common.size {size}: the clips in {merged['data']} are of {stored} (people.size if they are still to be "
+            "rendered). Set both to one value, or choose another data folder"
+        )
     recipe = Recipe(**merged)
     _check(recipe)
     return recipe
@@ -183,16 +198,23 @@ def _check(recipe: Recipe) -> None:
     """Refuse before the first step what would fail after the last. ValueError with the choices."""
     from entprog.evaluate import ESTIMATORS, NETWORKS
 
+    if not recipe.phases:
+        raise ValueError(f"phases are all null, nothing would be trained: leave at least one of {PHASES} in")
     model = str(recipe.base.get("model"))
-    if set(recipe.base) != {"model"}:
-        recipe.config("base", "full", model)
-    elif model not in EMBEDDED and not (Path(model) / "config.json").exists():
+    ready = set(recipe.base) == {"model"}
+    if ready and model not in EMBEDDED and not (Path(model) / "config.json").exists():
         raise ValueError(
             f"base {model!r}: choose one of {sorted(EMBEDDED)} or a model's folder, or add a budget to train it"
         )
-    for phase in recipe.phases:
-        for strategy in recipe.strategies:
-            recipe.config(phase, strategy, "P")
+    configs = [recipe.config(p, s, model if ready else "P") for p in recipe.phases for s in recipe.strategies]
+    configs += [] if ready else [recipe.config("base", "full", model)]
+    for autoencoder in {c.autoencoder for c in configs} - {""}:
+        latent_places(autoencoder)
+    for config in configs:
+        check_origin(config)
+    clips = recipe.evaluation["clips"]
+    if not isinstance(clips, int) or isinstance(clips, bool) or clips < 1:
+        raise ValueError(f"evaluation.clips {clips!r}: choose a whole number of at least 1")
     if recipe.evaluation["pose"] not in ESTIMATORS:
         raise ValueError(f"evaluation.pose {recipe.evaluation['pose']!r}: choose one of {sorted(ESTIMATORS)}")
     for what, choices in (("networks", NETWORKS), ("splits", SPLITS)):
@@ -212,27 +234,27 @@ def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def prepare_data(recipe: Recipe, on_progress: OnProgress) -> None:
-    """Render the recipe's people if its data folder is not there yet, or was interrupted."""
-    folder = Path(recipe.data)
-    about = json.loads((folder / "dataset.json").read_text()) if is_prepared(folder) else {}
-    if "split_hash" in about:
-        wanted = {k: v for k, v in recipe.people.items() if k in ("size", "frames", "fps")}
-        if about["kind"] == "rendered" and (other := {k: about[k] for k in wanted if about[k] != wanted[k]}):
-            raise ValueError(
-                f"{folder} was rendered with {other}, the recipe says {wanted}: choose another data folder"
-            )
-        return
-    if not recipe.people:
-        raise ValueError(f"{recipe.data} is not prepared and the recipe has no people to render: run entprog prepare")
-    from entprog.data.rendered import render_people
+    """Render the recipe's people if its data folder is not there yet, or was interrupted.
 
-    arguments = dict(recipe.people)
-    render_people(
-        arguments.pop("people"),
-        folder,
-        **arguments,
-        on_progress=lambda done, total: on_progress({"run": "rendering", "message": f"{done} of {total} clips"}),
-    )
+    ValueError for a folder of other rendered people than the recipe's, and for an interrupted one of videos.
+    """
+    folder, people = Path(recipe.data), dict(recipe.people)
+    rendered = is_prepared(folder) and read_about(folder, finished=False).get("kind") == "rendered"
+    if is_prepared(folder) and not (rendered and people):
+        read_about(folder)
+        return
+    if not people:
+        raise ValueError(f"{recipe.data} is not prepared and the recipe has no people to render: run entprog prepare")
+    if not rendered or "split_hash" not in read_about(folder, finished=False):
+        from entprog.data.rendered import render_people
+
+        render_people(
+            people["people"],
+            folder,
+            **{k: v for k, v in people.items() if k != "people"},
+            on_progress=lambda done, total: on_progress({"run": "rendering", "message": f"{done} of {total} clips"}),
+        )
+    check_rendered(people, folder)
 
 
 def train_base(recipe: Recipe, out: Path, on_progress: OnProgress) -> str:
@@ -352,13 +374,15 @@ def _pin_data(recipe: Recipe, out: Path) -> None:
 def run_recipe(recipe: Recipe, out: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Do a whole recipe: data, base, phases, samples, evaluation. The same call resumes; returns results.json.
 
-    ValueError if `out` was begun with another recipe.
+    ValueError if `out` was begun with another recipe, PackagedFileError if a network of the evaluation cannot be had.
     """
-    from entprog.evaluate import ESTIMATORS
+    from entprog.evaluate import ESTIMATORS, load_networks
 
     say, out = on_progress or (lambda info: None), out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    ESTIMATORS[recipe.evaluation["pose"]]()  # what evaluation needs is fetched, or found missing, before the first step
+    # what evaluation needs is fetched, or found missing, before the first step; on the CPU: a GPU's memory is the runs'
+    ESTIMATORS[recipe.evaluation["pose"]]()
+    load_networks(recipe.evaluation["networks"])
     mine, path = json.loads(json.dumps(asdict(recipe))), out / "recipe.yaml"
     if path.exists() and (saved := yaml.safe_load(path.read_text())) != mine:
         differing = {k: (saved.get(k), v) for k, v in mine.items() if saved.get(k) != v}
