@@ -1,6 +1,7 @@
 """prepare, sample and evaluate from the command line, on noise and with a stand-in for the detector."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from entprog.data.prepared import Prepared, ShardWriter
 from entprog.data.retarget import fit_pose
 from entprog.data.video import write_mp4
 from entprog.evaluate import ESTIMATORS
+from entprog.packaged import PackagedFileError
 
 
 class Nowhere:
@@ -70,7 +72,7 @@ def test_a_place_where_nothing_may_be_written_is_told_in_a_line(tmp_path, monkey
     assert "Permission denied" in capsys.readouterr().out
 
 
-def test_a_run_is_drawn_and_scored(folder, tmp_path):
+def test_a_run_is_drawn_and_scored(folder, tmp_path, monkeypatch, capsys):
     config = tmp_path / "c.yaml"
     config.write_text(
         f"data: {folder}\nmodel: T\nsize: 16\nframes: 3\nsteps: 2\nbatch_size: 2\nstrategy: full\n"
@@ -83,6 +85,60 @@ def test_a_run_is_drawn_and_scored(folder, tmp_path):
     sample = ["sample", str(run), "--clips", "2", "--pose-from", "clip-13", "--out", str(tmp_path / "s.mp4")]
     assert main(sample) == 0 and (tmp_path / "s.mp4").stat().st_size > 500
     assert main([*sample[:5], "nobody"]) == 2
+
+    drawn = []  # more clips than the run held out are there, and are drawn; more frames are not
+    monkeypatch.setattr("entprog.data.video.write_mp4", lambda path, wall, fps, upscale: drawn.append(wall.shape))
+    assert main(["sample", str(run), "--clips", "4", "--frames", "6"]) == 0 and drawn[0][1:3] == (6, 4 * 16)
+    capsys.readouterr()
+    for wrong, said in ((["--frames", "7"], "clips of 6 frames do not hold 7"), (["--clips", "0"], "--clips 0")):
+        assert main(["sample", str(run), *wrong]) == 2 and said in capsys.readouterr().out
+    assert main(["sample", str(run), "--clips", "9"]) == 0 and "4 clips and not 9" in capsys.readouterr().out
+
+    monkeypatch.setattr("entprog.recipe.draw_videos", lambda *_: pytest.fail("draws before it looks"))
+
+    def missing(*_):
+        raise PackagedFileError("vgg cannot be downloaded")
+
+    monkeypatch.setattr("entprog.evaluate.load_lpips", missing)
+    assert main(["evaluate", str(run), "--networks", "vgg"]) == 1 and "vgg cannot be" in capsys.readouterr().out
+    assert (
+        main(["evaluate", str(run), "--networks", "vgg19"]) == 2 and "['vgg19'] are unknown" in capsys.readouterr().out
+    )
+    monkeypatch.setitem(ESTIMATORS, "movenet", missing)
+    assert main(["evaluate", str(run), "--networks"]) == 1
+    videos = ["evaluate", str(tmp_path), "--reference", str(folder), "--networks"]
+    assert main([*videos, "--clips", "3"]) == 2 and main([*videos, "--out", "x", "sampler=ddpm"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--rendered", "3", "--aspects", "3:4"], "--aspects would do nothing"),
+        (["--rendered", "3", "--flips", "--face-size", "64"], "--flips, --face-size would do nothing"),
+        (["--rendered", "3", "--subject", "folder"], "--subject would"),
+        (["--rendered", "3", "--test-subjects", "ann", "--test-videos", "a"], "--test-subjects, --test-videos would"),
+        (["--rendered", "3", "--dwpose", "DIR"], "--dwpose would"),
+        (["--rendered", "3", "--caption", "a dance"], "--caption would do nothing: .*add --model"),
+        (["--rendered", "0"], "--rendered 0: choose at least 1"),
+        (["VIDEOS", "--clips-per-person", "9"], "--clips-per-person would do nothing"),
+    ],
+)
+def test_options_of_the_other_source_are_refused(given, said, tmp_path, capsys):
+    assert main(["prepare", *given, "--out", str(tmp_path / "out")]) == 2
+    assert re.search(said, " ".join(capsys.readouterr().out.split()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_hands_on_what_is_given_and_its_defaults(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr("entprog.data.rendered.render_people", lambda people, out, **k: calls.append((people, k)))
+    assert main(["prepare", "--rendered", "400", "--out", str(tmp_path), "--clips-per-person", "5"]) == 0
+    (people, given) = calls[0]
+    del given["on_progress"]
+    assert people == {"train": 400, "test": 40, "hard": 40}
+    assert given == {"size": 64, "frames": 16, "fps": 10.0, "seed": 0, "clips_per_person": 5}
+    assert main(["prepare", "--model", "DIR", "DATA", "--size", "480"]) == 2
+    assert "--size would do nothing" in " ".join(capsys.readouterr().out.split())
 
 
 def test_prepare_takes_one_source(tmp_path):

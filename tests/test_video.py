@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from entprog.config import make_config
+from entprog.data.batches import load_data
 from entprog.data.pose import TO_COCO17, draw_skeleton
 from entprog.data.synthetic import figures
 from entprog.data.video import decode, load_clips, read_manifest, write_mp4, write_png, write_webp
@@ -298,3 +301,14 @@ def test_wrong_options_are_refused(tmp_path: Path, options: dict) -> None:
         load(tmp_path, **options)
     with pytest.raises(ValueError, match="no clip of split 'test'"):
         load(tmp_path, split="test")
+
+
+def test_of_the_held_out_clips_there_are_as_many_as_the_run_asks_for(tmp_path: Path) -> None:
+    for number in range(5):
+        add_clip(tmp_path, f"c{number}", frames=4, split="test", points=skeleton(4))
+    config = make_config({"data": str(tmp_path), "steps": 1, "size": 32, "frames": 4, "held_out_clips": 2})
+    whole, _ = load_clips(tmp_path, split="test", size=32, frames=4)
+    data, _ = load_data(config, "test")
+    assert len(whole["video"]) == 5 and {len(v) for v in data.values()} == {2}
+    assert torch.equal(data["video"], whole["video"][[0, 2]])  # spread over the split
+    assert len(load_data(replace(config, held_out_clips=9), "test")[0]["video"]) == 5

