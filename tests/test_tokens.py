@@ -71,10 +71,27 @@ def test_noise_stays_noise(size, frames):
 def test_axes_may_stand_in_any_order(axes):
     sizes = {"B": 2, "C": 3, "F": 5, "H": 8, "W": 6}
     x = torch.randn([sizes[a] for a in axes])
-    for frames, chosen in (("first", [0, 1]), ("strided", [0, 2])):
+    for frames, chosen in (("first", [0, 1]), ("strided", [0, 4])):
         small = shrinker({"x": axes}, frames=frames)({"x": x}, Tokens(0.4, 0.5))["x"]
         expected = nn.functional.avg_pool2d(x.movedim(axes.index("F"), 0)[chosen].flatten(0, -3), 2)
         assert torch.allclose(small.movedim(axes.index("F"), 0).flatten(0, -3), expected, atol=1e-6)
+
+
+def test_strided_frames_span_the_clip_and_are_told_or_refused():
+    for count in range(1, 18):
+        clip = {"x": torch.arange(count).float().view(1, 1, count, 1, 1)}
+        for share in (0.1, 0.25, 0.4, 0.5, 0.6, 0.8, 1.0):
+            few, cut = kept(count, share), shrinker({"x": "BCFHW"}, frames="strided", scale="s")
+            if (count + 1) // 2 < few < count:
+                with pytest.raises(ValueError, match=rf"{count} frames .* at most {(count + 1) // 2}/{count}.*'first'"):
+                    cut(clip, Tokens(share, 1.0))
+                continue
+            small = cut(clip | {"s": torch.ones(1, 3)}, Tokens(share, 1.0))
+            chosen = small["x"].flatten()
+            assert len(chosen) == few and torch.allclose(torch.arange(few) / small["s"][0, 0], chosen, atol=1e-3)
+            assert few in (1, count) or (chosen[1] >= 2 and count - 1 - chosen[-1] < few - 1), "no larger step fits"
+    five = shrinker({"x": "BCFHW"}, frames="strided")({"x": torch.zeros(1, 1, 5, 1, 1)}, Tokens(0.5, 1.0))
+    assert five["x"].shape[2] == 3
 
 
 @pytest.mark.parametrize("unit", [1, 2, 4])
@@ -144,13 +161,14 @@ def test_pose_dit_reads_the_scale_and_without_it_is_what_it_was(motion):
     whole = torch.ones(4, 3)
     assert torch.allclose(call(batch), call(batch | {"grid_scale": whole}), atol=1e-5)
     small = shrinker(AXES["PoseDiT"], patch=(1, 4, 4), frames="strided", scale="grid_scale")(batch, HALF)
-    assert small["grid_scale"].tolist() == [[0.5, 0.5, 0.5]] * 4 and small["pose"].shape[-3:] == (2, 12, 12)
+    assert torch.allclose(small["grid_scale"], torch.tensor([1 / 3, 0.5, 0.5]).expand(4, 3)), "frames 0 and 3 of 4"
+    assert small["pose"].shape[-3:] == (2, 12, 12)
     kept_places = {k: v for k, v in small.items() if k != "grid_scale"}
     assert call(small).shape == (4, 3, 2, 12, 12)
     assert not torch.allclose(call(small), call(kept_places), atol=1e-4)
     strides = small | {"grid_scale": small["grid_scale"].clone()}
     strides["grid_scale"][:, 0] = 1
-    assert not torch.allclose(call(small), call(strides), atol=1e-5), "every second frame is told as such"
+    assert not torch.allclose(call(small), call(strides), atol=1e-5), "every third frame is told as such"
     model.enable_gradient_checkpointing()
     assert torch.allclose(call(small), call(small | {}), atol=0)
 

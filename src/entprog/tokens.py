@@ -66,7 +66,8 @@ def shrinker(
     is the video: its frames and sides, multiples of `patch` before and after, decide how much smaller the others get.
     noise: keys whose values are independent of each other. They are cut to size; all others are averaged over areas.
     frames: the "first" ones (of a causal autoencoder's latents exactly those of a shorter clip), or "strided": every
-    n-th. scale: a key for the grid's scale, (B, 3): 1 / stride in time, and what height and width were scaled by.
+    n-th, n as large as it can be, at least 2. scale: a key for the grid's scale, (B, 3): 1 / n in time, and what height
+    and width were scaled by.
 
     ValueError for a layout that cannot be carried out and, in use, for tensors that do not have it.
     """
@@ -86,7 +87,7 @@ def shrinker(
         full = _sizes(batch, video, letters)
         shares = {"F": tokens.frames, "H": tokens.size, "W": tokens.size}
         small = {x: kept(full[x], shares[x], unit) for x, unit in zip("FHW", patch, strict=True)}
-        stride = full["F"] // small["F"] if frames == "strided" else 1
+        stride = _stride(full["F"], small["F"]) if frames == "strided" else 1
         out = dict(batch)
         for key, axes in layout.items():
             if key in batch:
@@ -107,6 +108,20 @@ def kept(count: int, share: float, unit: int = 1) -> int:
     if count % unit or not count:
         raise ValueError(f"{count} places do not divide into patches of {unit}: give clips that the model takes")
     return max(1, int(count // unit * share + 0.5)) * unit
+
+
+def _stride(full: int, small: int) -> int:
+    """Return the largest n such that a clip has `small` frames when every n-th is taken. ValueError if that is 1."""
+    if small == full:
+        return 1
+    stride = (full - 1) // (small - 1) if small > 1 else full
+    if stride == 1:
+        most = (full + 1) // 2
+        raise ValueError(
+            f"every second of {full} frames are {most}, and {small} are asked for, which would be the first in a row: "
+            f"choose a share of the frames of at most {most}/{full}, or frames 'first'"
+        )
+    return stride
 
 
 def _sizes(batch: Mapping[str, Any], key: str, axes: str) -> dict[str, int]:
