@@ -210,6 +210,13 @@ def test_cost_aware_is_what_brute_force_finds(seed):
         entprog.cost_aware({"x": 1.0}, costs, 1.0)
 
 
+def test_cost_aware_counts_flops_beyond_what_floats_tell_apart():
+    cost = dict.fromkeys(("forward", "input", "weight"), 2**53 + 3)
+    costs = {f"b{i}": dict(cost) for i in range(5)}
+    whole = sum(sum(c.values()) for c in costs.values())
+    assert entprog.cost_aware(dict.fromkeys(costs, 1.0), costs, whole) == list(costs)
+
+
 def test_costs_of_a_plan_feed_cost_aware():
     plan = small()
     costs = plan.costs()

@@ -387,8 +387,8 @@ def cost_aware(
         raise ValueError(f"scores and costs name different blocks: {sorted(set(values) ^ set(costs))}")
     names = list(costs)
     forward = sum(costs[n]["forward"] for n in names)
-    behind = 0.0  # gradients of the inputs from here to the end
-    frontier: list[tuple[float, float, tuple[str, ...]]] = [(0.0, 0.0, ())]  # of the blocks behind
+    behind: float = 0  # gradients of the inputs from here to the end; integers stay exact beyond 2^53
+    frontier: list[tuple[float, float, tuple[str, ...]]] = [(0, 0.0, ())]  # of the blocks behind
     best: tuple[float, tuple[str, ...]] | None = None
     least = float("inf")
     for name in reversed(names):
