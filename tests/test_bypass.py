@@ -31,6 +31,20 @@ def stream_gradients(model, inputs, block):
     return seen
 
 
+def test_a_loss_that_fails_leaves_pending_gradients():
+    model = Plain(depth=3)
+    blocks, pending = find_blocks(model), {p: torch.ones_like(p) for p in model.parameters()}
+    for p, grad in pending.items():
+        p.grad = grad
+
+    def fails(model, batch):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fidelity(model, blocks, fails, None, blocks[:1], blocks[1:])
+    assert all(p.grad is grad for p, grad in pending.items())
+
+
 @pytest.mark.parametrize("mode", ["bypass", "bypass_attn"])
 @pytest.mark.parametrize("name", ["WanTransformer3DModel", "FluxTransformer2DModel", "UNet2DConditionModel"])
 def test_detour_errors_equal_those_of_bypassing_one_block_at_a_time(name, mode):

@@ -16,6 +16,19 @@ from entprog.probe import Arguments, Outputs, Watch, forked_rng, probe
 
 
 @contextmanager
+def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Put pending gradients aside, and back afterwards, whatever happens."""
+    pending = [(p, p.grad) for p in parameters]
+    try:
+        for p, _ in pending:
+            p.grad = None
+        yield
+    finally:
+        for p, grad in pending:
+            p.grad = grad
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module in eval mode, without gradients, and restore each module's own mode afterwards."""
     training = [m for m in model.modules() if m.training]

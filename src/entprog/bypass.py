@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from entprog import parallel
 from entprog.attention import attention_modules, call_detached, self_attention
-from entprog.blocks import Block, by_name, evaluating
+from entprog.blocks import Block, by_name, evaluating, gradients_aside
 from entprog.modes import LossFn, Predict, plain_forward, preserved, running, set_active, skip
 from entprog.probe import Arguments
 
@@ -77,15 +77,10 @@ def _fidelities(
 
     def measured(bypassed: list[Block]) -> list[list[Tensor]]:
         modes = {b.name: mode for b in bypassed} | {b.name: "skip" for b in skipped}
-        with preserved(model, blocks):
-            pending = [(p, p.grad) for b in blocks for p in b.parameters()]
-            for p, _ in pending:
-                p.grad = None  # set_active refuses pending gradients; these come back untouched
+        own = (p for b in blocks for p in b.parameters())
+        with preserved(model, blocks), gradients_aside(own):  # set_active refuses pending ones
             set_active(blocks, active, frozen=modes)
-            grads = [_gradients(model, loss_fn, batch, inside + outside) for batch in batches]
-            for p, grad in pending:
-                p.grad = grad
-        return grads
+            return [_gradients(model, loss_fn, batch, inside + outside) for batch in batches]
 
     with detours(blocks, mode) as own:
         exact = measured([])

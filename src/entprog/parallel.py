@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from entprog.blocks import Block, evaluating
+from entprog.blocks import Block, evaluating, gradients_aside
 from entprog.probe import forked_rng
 
 SMALL = 2**20  # bytes; gradients below are sent together
@@ -256,14 +256,9 @@ def gradients(model: nn.Module, loss: Tensor, parameters: Sequence[nn.Parameter]
     if not is_sharded(model):
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
-    pending = [(p, p.grad) for p in model.parameters()]
-    for p, _ in pending:
-        p.grad = None
-    loss.backward()
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    for p, grad in pending:
-        p.grad = grad
-    return found
+    with gradients_aside(model.parameters()):
+        loss.backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
 def mean(model: nn.Module, values: Sequence[Tensor]) -> list[Tensor]:

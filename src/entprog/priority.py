@@ -14,7 +14,7 @@ from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
 
 from entprog import parallel
-from entprog.blocks import Block, batch_size, evaluating
+from entprog.blocks import Block, batch_size, evaluating, gradients_aside
 from entprog.cei import Scores, Stop, Times, by_skipping, cei, inflation, knn_entropy, make_scores, relative_change
 from entprog.cei import gaussian_entropy as gaussian
 from entprog.modes import LossFn, Predict, preserved, running, set_active
@@ -132,20 +132,15 @@ def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 @contextmanager
-def _set_aside(parameters: Sequence[nn.Parameter], norms: Sequence[nn.Module]) -> Iterator[None]:
-    """Put pending gradients aside and batch norms to their running statistics, and both back, whatever happens."""
-    pending = [p.grad for p in parameters]
+def _as_running(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Let batch norms in training mode use their running statistics."""
     try:
-        for p in parameters:
-            p.grad = None
         for m in norms:
             m.training = False
         yield
     finally:
         for m in norms:
             m.training = True
-        for p, grad in zip(parameters, pending, strict=True):
-            p.grad = grad
 
 
 def block_gradients(
@@ -162,7 +157,8 @@ def block_gradients(
     plain, parts = _batch_norms(model), samples(batch)
     if any(m.running_mean is None for m in plain):  # of the batch it normalises, whatever the mode
         parts = [batch]
-    with preserved(model, blocks), _set_aside(flat, plain), parallel.own_noise(model, seed), torch.enable_grad():
+    noise = parallel.own_noise(model, seed)
+    with preserved(model, blocks), gradients_aside(flat), _as_running(plain), noise, torch.enable_grad():
         set_active(blocks, blocks)
         for sample in parts:
             grads = parallel.gradients(model, loss_fn(model, sample), flat)
