@@ -255,3 +255,9 @@ def test_fidelity_is_measured_with_the_stem_as_it_will_train(priority, trains, m
                    strategy=settings, clock="model")  # fmt: skip
     prog.step(0, torch.optim.AdamW(model.parameters()))
     assert prog.stem and seen == [{trains}]
+
+
+@pytest.mark.parametrize("name, wrong", [("min_fidelity", 1.5), ("min_new_fidelity", -0.1), ("min_saving", 1.0)])
+def test_bounds_that_nothing_can_meet_are_refused(name, wrong):
+    with pytest.raises(ValueError, match=f"{name} {wrong}"):
+        Progressive(**{name: wrong})

@@ -114,8 +114,9 @@ class Progressive:
                              "least 0")  # fmt: skip
         if not 0 <= self.min_saving < 1:
             raise ValueError(f"min_saving {self.min_saving} is a share of a step's FLOPs: choose in [0, 1)")
-        if not 0 <= self.min_fidelity <= 1:
-            raise ValueError(f"min_fidelity {self.min_fidelity} is a cosine that bounds from below: choose in [0, 1]")
+        for name in ("min_fidelity", "min_new_fidelity"):
+            if not 0 <= (bound := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} {bound} is a cosine that bounds from below: choose in [0, 1]")
         self._check_tokens()
         if self.rotate_every is not None and self.rotate_every < 1:
             raise ValueError(f"rotate_every {self.rotate_every} must be at least 1 step: hundreds are sensible")
