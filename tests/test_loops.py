@@ -298,6 +298,15 @@ def test_a_race_with_a_schedule_free_optimizer():
     assert search["rungs"] and optimizer.param_groups[0]["k"] == search["steps"], "only the kept trajectory counts"
 
 
+def test_a_schedule_free_optimizer_and_parked_weights_are_refused():
+    model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
+    prog = plugged(model, trained_by(inputs), 400, Progressive(priority="last", stages=1, frozen_weights="int8"))
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters())
+    optimizer.train()
+    with pytest.raises(ValueError, match="kept as 'int8', and AdamWScheduleFree writes all weights"):
+        prog.step(0, optimizer)
+
+
 def _tuples(count):
     g = torch.Generator().manual_seed(0)
     return [[torch.randn(4, 3, 8, generator=g), torch.randn(4, 3, 8, generator=g)] for _ in range(count)]

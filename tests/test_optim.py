@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import schedulefree
 import torch
 from accelerate import Accelerator
 from conftest import Plain
@@ -227,6 +228,16 @@ def test_combinations_that_need_all_gradients_are_refused():
     model(torch.randn(2, 8)).sum().backward()
     with pytest.raises(RuntimeError, match="pending"):
         step_in_backward(optimizer)
+
+
+def test_optimizers_that_count_in_their_groups_are_refused():
+    model, _ = plain()
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters())
+    optimizer.train()
+    undo = step_in_backward(optimizer)
+    with pytest.raises(ValueError, match=r"AdamWScheduleFree changes \[.*'k'.*step after backward"):
+        model(torch.randn(2, 8)).sum().backward()
+    undo()
 
 
 @pytest.mark.gpu

@@ -122,6 +122,16 @@ def check_switchable(
         )
 
 
+def check_parkable(optimizer: Any, frozen_weights: str | None) -> None:
+    """Refuse to park weights (frozen.py) that the optimizer writes while they are frozen. ValueError."""
+    if frozen_weights and callable(getattr(optimizer, "eval", None)):
+        raise ValueError(
+            f"the weights of frozen blocks are to be kept as {frozen_weights!r}, and {type(optimizer).__name__} writes "
+            "all weights in its eval() and train(): leave frozen_weights out, within max_memory give more of it, or "
+            "take an optimizer without such modes"
+        )
+
+
 class _Reached(Exception):
     """Ends a forward pass at a block that runs with autograd on."""
 

@@ -18,6 +18,7 @@ from entprog.budget import Budget, Keeping
 from entprog.checkpointing import checkpoint_blocks
 from entprog.cost import outside_of
 from entprog.frozen import settle_weights
+from entprog.guards import check_parkable
 from entprog.measure import moments_to_come, saved_bytes, tensor_bytes, training_bytes
 from entprog.modes import set_active, set_mode
 from entprog.optim import settle_optimizer
@@ -37,6 +38,7 @@ def apply(prog: "EntProg", modes: Mapping[str, str], keeping: Keeping) -> None:
     if prog.budget is not None and not prog.budget.already:
         checkpoint_blocks(prog.blocks, keeping.checkpointing)
     if prog.budget is not None or prog.settings.frozen_weights:
+        check_parkable(prog.optimizer, keeping.frozen_weights)
         settle_weights(prog.model, prog.blocks, keeping.frozen_weights)
     settle_state(prog)
 

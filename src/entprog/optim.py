@@ -100,8 +100,10 @@ def step_in_backward(
     where a step ends. Parameters may be frozen and thawed meanwhile, those frozen now included.
 
     What needs all gradients at once is refused, since it would be ignored without a word: ValueError for accumulation,
-    clipping by the global norm, an enabled GradScaler and several processes; RuntimeError at a second backward pass
-    without a step between. Clipping that a loop does by itself cannot be seen from here: leave it out.
+    clipping by the global norm, an enabled GradScaler and several processes, and at the first gradient for an optimizer
+    that counts its steps in its groups (schedule-free ones), which would count one for every parameter; RuntimeError at
+    a second backward pass without a step between. Clipping that a loop does by itself cannot be seen from here: leave
+    it out.
     """
     import torch.distributed as dist
 
@@ -117,10 +119,10 @@ def step_in_backward(
             "leave that out, or step after backward"
         )
     stepped: set[int] = set()  # parameters since the loop's last optimizer.step()
-    inside = False
+    inside, checked = False, False
 
     def on_gradient(p: Tensor) -> None:
-        nonlocal inside
+        nonlocal inside, checked
         if id(p) in stepped:
             p.grad = None
             raise RuntimeError(
@@ -128,12 +130,20 @@ def step_in_backward(
                 "call optimizer.step() after every backward pass, it ends the step"
             )
         stepped.add(id(p))
+        before = None if checked else numbers(optimizer)
         inside = True
         try:
             optimizer.step()  # this one's is the only gradient there is
         finally:
             inside = False
         p.grad = None
+        if before is not None and (changed := _changed(before, numbers(optimizer))):
+            raise ValueError(
+                f"{type(optimizer).__name__} changes {changed} in its parameter groups at every step, and steps inside "
+                "backward are one for each parameter: step after backward with it, or take one that counts by "
+                "parameter, as torch.optim.AdamW does"
+            )
+        checked = True
 
     def on_step(*_: Any) -> None:
         if not inside:
@@ -154,6 +164,15 @@ def step_in_backward(
             handle.remove()
 
     return undo
+
+
+def numbers(optimizer: Any) -> list[dict[str, float]]:
+    """Return the numbers that stand in each of the optimizer's groups: schedule-free optimizers count steps there."""
+    return [{k: v for k, v in group.items() if isinstance(v, int | float)} for group in optimizer.param_groups]
+
+
+def _changed(before: list[dict[str, float]], after: list[dict[str, float]]) -> list[str]:
+    return sorted({k for b, a in zip(before, after, strict=True) for k in a if a[k] != b.get(k)})
 
 
 def low_bit_optimizers() -> dict[str, list[str]]:

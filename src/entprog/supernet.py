@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from entprog.blocks import forked_rng
 from entprog.frozen import set_value, value_of
+from entprog.optim import numbers
 from entprog.schedule import Candidate
 
 FIRST_STEPS = 8  # counted steps every candidate gets before it can lose
@@ -88,7 +89,7 @@ class Snapshot:
             optimizer,
             [w.to("cpu", copy=True) if host else w.clone() for w in weights],
             [_copied(optimizer.state.get(p), host) for p in parameters],
-            [{k: group[k] for k in _numbers(group)} for group in optimizer.param_groups],
+            numbers(optimizer),
             host,
         )
 
@@ -112,14 +113,11 @@ class Snapshot:
                     self.optimizer.state.pop(p, None)
                 else:
                     self.optimizer.state[p] = _copied(state)
-        for group, counts in zip(self.optimizer.param_groups, self.counts, strict=True):
-            for made_since in [k for k in _numbers(group) if k not in counts]:
+        now = numbers(self.optimizer)
+        for group, counts, found in zip(self.optimizer.param_groups, self.counts, now, strict=True):
+            for made_since in found.keys() - counts.keys():
                 del group[made_since]
             group.update(counts)
-
-
-def _numbers(group: dict[str, Any]) -> list[str]:
-    return [k for k, v in group.items() if isinstance(v, int | float)]
 
 
 @contextmanager
