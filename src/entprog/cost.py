@@ -82,12 +82,6 @@ class StepCost:
         run = (f for n, f in self.forward.items() if modes.get(n) not in ("skip", "replay"))
         return self.extra + self.rest + sum(run)
 
-    def seconds(
-        self, modes: Mapping[str, str], *, outside: str = "all", checkpointed: Mapping[str, str] | None = None
-    ) -> float:
-        """Return what `clock: model` takes for the step's time."""
-        return self.step(modes, outside=outside, checkpointed=checkpointed) / MODEL_CLOCK_FLOPS
-
     def parts(self) -> dict[str, dict[str, int]]:
         """Return {"forward", "input", "weight"} FLOPs of each block behind a trainable one, for `plan.cost_aware`."""
         found = {}

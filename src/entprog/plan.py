@@ -25,7 +25,8 @@ from entprog.schedule import at_least_one
 SHARES = (0.125, 0.25, 0.5, 0.75)  # of L, the numbers of trainable blocks that are listed
 OPTIMIZERS = {"adamw": 8, "adamw8bit": 2}  # bytes of state for each trainable parameter: two moments
 MASTER = 4  # bytes of a float32 copy of a trainable parameter that is stored in 16 bits
-SMALL = {"int8": 1, "fp8": 1}  # bytes of a frozen block's parameter in the PRECISIONS that change them
+SMALL = {"bf16": 2, "int8": 1, "fp8": 1}  # bytes of a frozen block's parameter in the PRECISIONS that change them
+STORED = ("float32", *PRECISIONS)  # what frozen blocks may be stored as, float32 only where the module is
 RING = 2  # blocks on the GPU when frozen blocks live in pinned host memory
 FROZEN_MODES = ("pass", "prefix", "bypass", "bypass_attn", "skip")
 CHECKPOINTED = {"block": "with checkpointing", "parts": "checkpointing by parts", "none": "without checkpointing"}
@@ -48,7 +49,7 @@ class Setting:
 
     method: "full", "lora" or "ent-prog". checkpointing: of every block that keeps something, "none", "block" or "parts"
     (checkpointing.py). weights, gradients, optimizer, activations, recompute: bytes. flops: of one step. seconds: of
-    one step where a rate is known.
+    one step where a rate is known. own: whether frozen blocks stay in the module's own precision.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Setting:
     recompute: int
     flops: int
     seconds: float | None = None
+    own: bool = True
 
     @property
     def peak(self) -> int:
@@ -72,7 +74,7 @@ class Setting:
     def describe(self) -> str:
         """Return the setting in words."""
         blocks = "" if self.method != "ent-prog" else f", {self.active} blocks, the others {self.mode}"
-        stored = "" if self.frozen == "bf16" else f" and stored {self.frozen}"
+        stored = "" if self.own else f" and stored {self.frozen}"
         return f"{self.method}{blocks}{stored}, {CHECKPOINTED[self.checkpointing]}"
 
 
@@ -108,7 +110,7 @@ class Plan:
         """Return the setting that trains most blocks within some memory, and of those the fastest.
 
         Among full training and Ent-Prog with frozen blocks in `modes`, by default those that keep the forward pass and
-        let any block train; on equal terms frozen weights stay bf16.
+        let any block train; on equal terms frozen weights stay as they are.
         """
         allowed = ("train", *modes)
         found = [s for s in self.fits(memory) if s.method != "lora" and s.mode in allowed]
@@ -116,7 +118,7 @@ class Plan:
             least = min((s for s in self.settings if s.method != "lora" and s.mode in allowed), key=lambda s: s.peak)
             raise ValueError(f"no setting with frozen blocks in {list(modes)} fits {memory}: the least is "
                              f"{least.peak / 2**30:.1f} GiB, {least.describe()}")  # fmt: skip
-        return min(found, key=lambda s: (-s.active, s.flops, list(PRECISIONS).index(s.frozen)))
+        return min(found, key=lambda s: (-s.active, s.flops, STORED.index(s.frozen)))
 
     def costs(self) -> dict[str, dict[str, int]]:
         """Return {"forward", "input", "weight"} FLOPs of each block, for `cost_aware`."""
@@ -188,17 +190,18 @@ class Accounting:
         *,
         method: str = "ent-prog",
         mode: str = "train",
-        frozen: str = "bf16",
+        frozen: str | None = None,
         checkpointing: str = "none",
     ) -> Setting:
         """Return what training with each block in a mode would hold and cost.
 
         Outside blocks everything trains with `full`, nothing with `lora`, otherwise the head and what was made for the
-        task. ValueError for an unknown optimizer or precision.
+        task. frozen: None leaves frozen blocks as they are. ValueError for an unknown optimizer or precision.
         """
-        if self.optimizer not in OPTIMIZERS or frozen not in PRECISIONS:
+        own, frozen = own_precision(measured), frozen or own_precision(measured)
+        if self.optimizer not in OPTIMIZERS or frozen not in (own, *PRECISIONS):
             raise ValueError(f"optimizer {self.optimizer!r}, frozen {frozen!r}: choose of {list(OPTIMIZERS)} and "
-                             f"{list(PRECISIONS)}")  # fmt: skip
+                             f"{list(dict.fromkeys((own, *PRECISIONS)))}")  # fmt: skip
         lora = method == "lora"
         outside = {"full": "all", "lora": "none"}.get(method, "always")
         step = measured.step(modes, outside=outside, checkpointing=checkpointing, lora=lora)
@@ -217,14 +220,20 @@ class Accounting:
         return Setting(
             method, len(trained), mode, frozen, checkpointing, weights, held, count * state, step["activations"],
             step["recompute"], step["flops"], step["flops"] / self.rate if self.rate else None,
+            frozen == own,
         )  # fmt: skip
+
+
+def own_precision(measured: Profile) -> str:
+    """Return what the blocks' weights are as the module has them, a row of STORED: "bf16" for any 16 bits."""
+    return "float32" if sum(measured.bytes.values()) > 3 * sum(measured.blocks.values()) else "bf16"
 
 
 def _frozen_bytes(measured: Profile, names: Sequence[str], precision: str) -> int:
     """Bytes on the GPU of frozen blocks' weights in a storage precision."""
     if precision == "cpu":
         return sum(sorted((measured.bytes[n] for n in names), reverse=True)[:RING])
-    if precision in SMALL:
+    if precision != own_precision(measured):
         return sum(measured.blocks[n] * SMALL[precision] for n in names)
     return sum(measured.bytes[n] for n in names)
 
@@ -241,7 +250,7 @@ def all_settings(
     With bypass_attn blocks without self-attention of their own are passed; the mode is left out where none has any.
     """
     attention = measured.attention()
-    names = list(measured.blocks)
+    names, precisions = list(measured.blocks), dict.fromkeys((own_precision(measured), *PRECISIONS))
     rows = []
     for again in checkpointing:
         rows.append(accounting.setting(measured, {}, method="full", checkpointing=again))
@@ -253,7 +262,7 @@ def all_settings(
                 modes = modes_for(names, active, mode, ranking)
                 modes |= {n: "pass" for n, m in modes.items() if m == "bypass_attn" and n not in attention}
                 rows += [
-                    accounting.setting(measured, modes, mode=mode, frozen=p, checkpointing=again) for p in PRECISIONS
+                    accounting.setting(measured, modes, mode=mode, frozen=p, checkpointing=again) for p in precisions
                 ]
     return rows
 
@@ -266,8 +275,16 @@ def _resolve(model: Any, sample: Any, batch: int) -> tuple[str, nn.Module, dict[
     elif preset is not None:
         name, module = model, build(preset.model_class, preset.config)
     else:
-        family, config = (model["_class_name"], model) if isinstance(model, Mapping) else read_model_config(Path(model))
+        about = model if isinstance(model, Mapping) else None
+        family, config = (about.get("_class_name", ""), about) if about is not None else read_model_config(Path(model))
         name, module = family, build(family, config)
+    said = sample[0] if sample is not None and not isinstance(sample, Mapping) and len(sample) == 5 else 1
+    if batch not in (1, said):
+        inputs = isinstance(sample, Mapping)
+        raise ValueError(
+            f"batch {batch} is for a size in pixels, and {'the inputs' if inputs else f'the latent {tuple(sample)}'} "  # type: ignore[arg-type]
+            "have a batch of their own: leave batch out, or give it there"
+        )
     if isinstance(sample, Mapping):
         return name, module, dict(sample), block_names(module)
     known = MODEL_CLASSES.get(type(module).__name__)
@@ -310,10 +327,11 @@ def plan(
     """Plan a fine-tuning run from a model's structure alone; no weight is read or made.
 
     model: a module, a name of PUBLISHED, a diffusers configuration (dict, or a folder with config.json). sample: pixels
-    (frames, height, width), a latent shape (B, C, F, H, W), or a dict of forward inputs. blocks, always: as for
-    EntProg. ranking: block names, best first; without one trainable blocks are spread evenly. master: float32 copies
-    of what trains in 16 bits. checkpointing: only "block", "parts" or "none", by default all three. rate: FLOP/s; or
-    seconds_per_step: of full training, measured. dtype: bf16 for configurations, a module's own.
+    (frames, height, width), a latent shape (B, C, F, H, W), or a dict of forward inputs. batch: samples, of a size in
+    pixels. blocks, always: as for EntProg. ranking: block names, best first; without one trainable blocks are spread
+    evenly. master: float32 copies of what trains in 16 bits. checkpointing: only "block", "parts" or "none", by default
+    all three. rate: FLOP/s; or seconds_per_step: of full training, measured. dtype: bf16 for configurations, a module's
+    own.
 
     ValueError for anything unknown, with the choices.
     """
@@ -355,18 +373,6 @@ def plan(
         },
         profile=measured,
     )
-
-
-def check(setting: Setting, measured_bytes: int, measured_seconds: float | None = None) -> dict[str, Any]:
-    """Compare a prediction with a run's first measured steps, for its events.
-
-    Returns {"predicted", "measured", "error"}, each {"bytes", "seconds"}; error is measured / predicted - 1, None where
-    either is unknown.
-    """
-    predicted = {"bytes": setting.peak, "seconds": setting.seconds}
-    measured = {"bytes": measured_bytes, "seconds": measured_seconds}
-    error = {k: measured[k] / p - 1 if p and measured[k] is not None else None for k, p in predicted.items()}  # type: ignore[operator]
-    return {"predicted": predicted, "measured": measured, "error": error}
 
 
 def cost_aware(

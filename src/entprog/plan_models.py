@@ -183,6 +183,11 @@ def build(family: str, config: Mapping[str, Any]) -> nn.Module:
     """
     import diffusers
 
+    if not family:
+        raise ValueError(
+            f"the configuration has no _class_name, which diffusers writes into config.json, only {sorted(config)}: "
+            f"add it, one of {list(MODEL_CLASSES)}"
+        )
     if family not in MODEL_CLASSES:
         raise ValueError(
             f"the inputs of {family!r} are not known: choose one of {list(MODEL_CLASSES)}, or pass the model and a "

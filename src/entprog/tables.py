@@ -114,7 +114,10 @@ def plan_table(plan: "Plan", memory: int | None = None) -> Table:
     """
     inputs = " x ".join(str(n) for n in next(iter(plan.assumptions["inputs"].values())))
     table = Table(title=f"{plan.model}: {plan.parameters / 1e9:.2f} B parameters, {len(plan.blocks)} blocks, {inputs}")
-    columns = ["train", "others", "ckpt", "GiB bf16", "int8, fp8", "cpu", "step / full", "/ LoRA"]
+    own = plan.reference.frozen
+    kept = dict.fromkeys((own, "bf16", "int8", "cpu"))
+    stored = [f"GiB {own}", *["bf16"] * (own != "bf16"), "int8, fp8", "cpu"]
+    columns = ["train", "others", "ckpt", *stored, "step / full", "/ LoRA"]
     timed = plan.reference.seconds is not None
     for column in columns + ["h / 1000 steps"] * timed:
         table.add_column(column, justify="left" if column in columns[:3] else "right")
@@ -129,11 +132,11 @@ def plan_table(plan: "Plan", memory: int | None = None) -> Table:
     for s in plan.settings:
         rows.setdefault((s.checkpointing, s.method, s.active, s.mode), {})[s.frozen] = s
     for (again, method, active, mode), found in rows.items():
-        s = found["bf16"]
+        s = found[own]
         rank = plan.assumptions["lora_rank"]
         name = {"full": "all", "lora": f"LoRA r{rank}"}.get(method, f"{active} of {len(plan.blocks)}")
         cells = [name, mode if method == "ent-prog" else "", "no" if again == "none" else again]
-        cells += [size(found.get(p)) for p in ("bf16", "int8", "cpu")]
+        cells += [size(found.get(p)) for p in kept]
         cells += [f"{s.flops / plan.reference.flops:.2f}", f"{s.flops / plan.lora.flops:.2f}"]
         table.add_row(*cells, *[f"{1000 * s.seconds / 3600:.2f}"] * timed if s.seconds else [])
     state = f"{plan.assumptions['optimizer']}{', float32 master copies' if plan.assumptions['master'] else ''}"
