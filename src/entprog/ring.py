@@ -45,7 +45,7 @@ class Ring:
         return [-(-p.original.nbytes // ALIGNMENT) * ALIGNMENT for p in self.blocks[place]]
 
     def weight(self, parked: OnHost, device: torch.device) -> Tensor:
-        """Return a weight on the device, valid until two other blocks have been asked for."""
+        """Return a weight on the device, valid until another block is asked for: a third is fetched over it."""
         if not self.slots or self.slots[0].buffer.device != device:
             size = max(sum(self._sizes(i)) for i in range(len(self.blocks)))
             self.slots = [_Slot(size, device), _Slot(size, device)]
