@@ -1,6 +1,7 @@
 """One memory budget: what is kept how, what fits, rotation, exact resume, refusals."""
 
 import json
+import weakref
 from dataclasses import replace
 from functools import cache
 from itertools import count, islice, product
@@ -22,9 +23,10 @@ from entprog.measure import saved_bytes
 from entprog.models.pose_dit import pose_dit
 from entprog.modes import running, set_active
 from entprog.plugin import EntProg
-from entprog.priority import score
+from entprog.priority import HostBatches, score
 from entprog.schedule import rotated
 from entprog.strategy import Progressive, add_adapters
+from entprog.supernet import BatchStream
 from entprog.train import Trainer
 
 STATE = {"frozen_weights": "int8", "optimizer_state": "park", "growth": "rotate", "rotate_every": 2}
@@ -285,6 +287,71 @@ def test_a_step_that_holds_more_than_predicted_is_made_smaller_before_it_is_take
     checks = [e for e in run.prog.events if e["event"] == "plan_check"]
     assert checks[0]["measured"] > limit and checks[0]["error"] > 0.5, "the prediction was wrong"
     assert max(run.bytes) <= limit and max(run.peaks) <= 1.5 * limit and 0 < len(run.history[0]) < 5
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+    def to(self, device):
+        assert device == "cpu"
+        return self.as_subclass(Waiting)
+
+
+class Waiting(torch.Tensor):
+    """One that has been moved to the host."""
+
+    def to(self, device):
+        assert device == torch.device("cuda")
+        return self.as_subclass(OnGpu)
+
+
+def test_batches_that_are_kept_wait_on_the_host():
+    made = []
+
+    def on_gpu(i):
+        made.append(weakref.ref(x := torch.full((2,), float(i)).as_subclass(OnGpu)))
+        return x
+
+    def fresh():
+        return ({"x": on_gpu(i), "rest": [torch.ones(1), "words"]} for i in range(3))
+
+    stream, batches = BatchStream(fresh, host=True), HostBatches(fresh())
+    for drawn in ([stream[i] for i in (2, 0, 1)], list(batches), list(batches)):
+        assert {float(b["x"][0]) for b in drawn} == {0, 1, 2} and all(type(b["x"]) is OnGpu for b in drawn)
+        assert all(b["rest"] == [torch.ones(1), "words"] for b in drawn)
+    assert len(made) == 6 and not any(ref() is not None for ref in made)
+
+
+def test_a_budget_scores_on_batches_that_wait_on_the_host_and_trains_its_searches_on_such(monkeypatch):
+    kinds = []
+
+    def watched(model, group, predict, drawn, *args, **kwargs):
+        kinds.append((type(drawn), run.prog.stream.host))
+        return score(model, group, predict, drawn, *args, **kwargs)
+
+    monkeypatch.setattr("entprog.ranking.score", watched)
+    for priority in ("cei", "gain"):
+        run = Run(cei_rotating(priority=priority, frozen_weights=None), max_memory="1GiB")
+        run.go(end=1)
+    assert kinds and set(kinds) == {(HostBatches, True)}
+    with pytest.raises(ValueError, match="at least 2 batches.* got 1"):
+        score(run.model, run.prog.blocks, None, HostBatches(islice(batches(), 1)), "gain",
+              loss_fn=lambda m, b: loss_fn(m, b).mean())  # fmt: skip
+
+
+def test_a_trial_in_each_way_of_keeping_is_a_decision_of_its_own(monkeypatch):
+    run = Run(cei_rotating(frozen_weights=None), steps=4, max_memory="1GiB").go(end=1)
+    names = [b.name for b in run.prog.blocks]
+    ways = [Keeping(None, dict.fromkeys(names, "none") | {name: "block"}) for name in names[:2]]
+    before = len(run.prog.decisions)
+    for keeping in ways:
+        monkeypatch.setattr(memory, "kept", lambda prog, modes, keeping=keeping: keeping)
+        memory.settle(run.prog, run.prog.candidate, 0.0)
+    assert str(ways[0]) == str(ways[1]) and len(run.prog.decisions) == before + 2
 
 
 def test_cost_aware_selection_scores_at_least_as_much_at_no_more_cost():

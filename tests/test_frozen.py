@@ -16,8 +16,8 @@ from entprog.frozen import PRECISIONS, set_value, settle_weights, thaw, value_of
 from entprog.measure import saved_bytes
 from entprog.modes import MODES, mode_of, set_active, skip
 from entprog.ring import Ring
+from entprog.snapshot import Snapshot
 from entprog.strategy import Progressive
-from entprog.supernet import Snapshot
 
 # largest relative error of a whole network's output or gradient; the weights' own rounding is 2e-3, 5e-3, 3e-2, 0
 CLOSE = {"bf16": 0.02, "int8": 0.05, "fp8": 0.15, "cpu": 0.0}

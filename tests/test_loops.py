@@ -18,8 +18,9 @@ from entprog.blocks import find_blocks
 from entprog.frozen import settle_weights, weight_bytes
 from entprog.modes import running, set_active
 from entprog.plugin import EntProg
+from entprog.snapshot import Snapshot
 from entprog.strategy import Progressive
-from entprog.supernet import Snapshot, at_average
+from entprog.supernet import at_average
 
 
 @pytest.fixture(autouse=True)

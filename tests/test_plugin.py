@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ZOO, Plain, first, trained_by
 
+from entprog import memory
 from entprog.plugin import EntProg
 from entprog.strategy import STRATEGIES, Progressive
 
@@ -261,3 +262,108 @@ def test_fidelity_is_measured_with_the_stem_as_it_will_train(priority, trains, m
 def test_bounds_that_nothing_can_meet_are_refused(name, wrong):
     with pytest.raises(ValueError, match=f"{name} {wrong}"):
         Progressive(**{name: wrong})
+
+
+def racing(loss_fn, model, **kwargs):
+    """A run that can afford a race of two before its first step."""
+    settings = Progressive(schedule="adaptive", search_budget=0.2, stages=1)
+    given = {"held_out": None, "train_batches": lambda: islice(count(), 64), "total_steps": 400, "clock": "model"}
+    return EntProg(model, loss_fn, **{"strategy": settings} | given | kwargs)
+
+
+@pytest.mark.parametrize("failing, at", [("score_batches", 1), ("train_batches", 4)])
+def test_a_step_that_failed_begins_its_stage_when_it_is_called_again(failing, at):
+    torch.manual_seed(0)
+    model, inputs, broken = Plain(depth=4), {"x": torch.randn(4, 5, 8)}, [True]
+
+    def batches():
+        for i in range(64):
+            if broken and i == at:
+                raise OSError("the disk is gone")
+            yield i
+
+    whole = {"train_batches": lambda: range(64), "score_batches": lambda: range(64)}
+    prog = racing(trained_by(inputs), model, **whole | {failing: batches})
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            prog.step(0, optimizer)
+        assert (prog.stage, prog.last_step, prog.candidate) == (-1, -1, None)
+        assert all(map(torch.equal, model.parameters(), start)), "steps of the race that failed are taken back"
+    broken.clear()
+    prog.step(0, optimizer)
+    assert prog.stage == prog.last_step == 0 and prog.active and prog.events[-1]["event"] == "modes"
+    assert prog.search_steps and not prog.stream.drawn, "nobody needs the batches of a search after it"
+
+
+def test_a_search_puts_back_what_the_loss_and_batch_norm_hold():
+    torch.manual_seed(0)
+    model, inputs, scale = Plain(depth=4), {"x": torch.randn(4, 5, 8)}, torch.nn.Parameter(torch.ones(()))
+    model.norm = torch.nn.BatchNorm1d(5)
+    model.register_buffer("table", torch.arange(3))  # of no training
+
+    def loss_fn(model, batch):
+        return (model.norm(model(**inputs)) * scale - 3).square().flatten(1).mean(1)
+
+    prog = EntProg(model, loss_fn, held_out=None, train_batches=lambda: range(64), total_steps=4, clock="model",
+                   strategy=Progressive(schedule="linear", stages=4))  # fmt: skip
+    prog.step(0, torch.optim.AdamW([*model.parameters(), scale], lr=0.1))
+    names = {"scale": scale, **dict(model.norm.named_buffers())}
+    before, kept = {n: v.detach().clone() for n, v in names.items()}, prog.snapshot()
+    prog.train(0, 2)
+    assert not any(torch.equal(v, before[n]) for n, v in names.items())
+    kept.restore()
+    assert all(torch.equal(v, before[n]) for n, v in names.items()) and scale not in prog.optimizer.state
+
+
+def test_at_learning_rate_0_no_race_is_run_and_the_event_says_so():
+    model, inputs = Plain(depth=4), {"x": torch.randn(4, 5, 8)}
+    prog = racing(trained_by(inputs), model, strategy=Progressive(search_budget=0.2, stages=2))
+    prog.step(0, torch.optim.AdamW(model.parameters(), lr=0.0))
+    (event,) = (e for e in prog.events if e["event"] == "search")
+    assert "learning rate is 0" in event["note"] and not event["rungs"] and len(prog.active) == 2
+
+
+@pytest.mark.parametrize("rates, chosen", [(1e-3, True), (1e30, False)])
+def test_where_every_candidate_diverges_the_linear_schedule_goes_on_from_the_start(rates, chosen):
+    torch.manual_seed(0)
+    model, inputs = Plain(depth=4), {"x": torch.randn(4, 5, 8)}
+    start = [p.detach().clone() for p in model.parameters()]
+    prog = racing(trained_by(inputs), model, strategy=Progressive(search_budget=0.2, stages=2))
+    prog.step(0, torch.optim.SGD(model.parameters(), lr=rates))
+    (event,) = (e for e in prog.events if e["event"] == "search")
+    assert event["rungs"] and (prog.search_steps > 0) == chosen
+    if not chosen:
+        assert "diverged" in event["note"] and len(prog.active) == 2
+        assert all(map(torch.equal, model.parameters(), start))
+
+
+def test_release_gives_the_model_back_as_it_was_found(monkeypatch):
+    model, inputs, moved = Plain(depth=4), {"x": torch.randn(4, 5, 8)}, []
+    model.head.bias.requires_grad_(False)
+    found = [p.requires_grad for p in model.parameters()]
+    settings = Progressive(priority="last", schedule="fixed", active_share=0.5, stages=1, optimizer_state="park")
+    prog, _ = loop(model, inputs, settings, steps=2)
+    assert [p.requires_grad for p in model.parameters()] != found
+    monkeypatch.setattr(memory, "settle_optimizer", lambda *args: moved.append(args))
+    prog.release()
+    assert [p.requires_grad for p in model.parameters()] == found
+    assert moved == [(prog.optimizer, [])], "nothing is parked any more"
+    again, _ = loop(model, inputs, settings, steps=1)
+    assert [id(p) for p in again.stem] == [id(p) for p in prog.stem] and again.stem
+    moved.clear()
+    prog.release(optimizer=False)
+    assert not moved
+
+
+def test_blocks_that_may_never_train_are_scored_with_their_own_weights():
+    scores = []
+    for kept in (None, "int8"):
+        torch.manual_seed(0)
+        model, inputs = Plain(depth=4), {"x": torch.randn(4, 5, 8)}
+        settings = Progressive(schedule="fixed", stages=1, frozen_weights=kept)
+        prog, _ = loop(model, inputs, settings, steps=1, candidates=["blocks.0", "blocks.1"])
+        scores.append(prog.scores.values)
+    assert scores[0] == scores[1]
+    assert hasattr(model.blocks[3].mlp[0].weight, "_entprog_parked"), "and parked again afterwards"

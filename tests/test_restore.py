@@ -12,8 +12,9 @@ from entprog import memory
 from entprog.measure import saved_bytes
 from entprog.plugin import EntProg
 from entprog.schedule import RESTORES, SCHEDULES, Candidate
+from entprog.snapshot import Snapshot
 from entprog.strategy import Progressive
-from entprog.supernet import PROBE_STEPS, Snapshot, literal, paired
+from entprog.supernet import PROBE_STEPS, literal, paired
 
 HALF_OUT = Progressive(schedule="fixed", active_share=1.0, skip=0.5, restore_at=0.75, stages=1, min_fidelity=0.5)
 

@@ -1,13 +1,15 @@
 """Schedules and the search: bounds, the literal reading's degeneracy, and that a race finds what pays."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
 from entprog.schedule import SCHEDULES, Candidate, candidates
+from entprog.snapshot import Snapshot
 from entprog.strategy import Progressive
-from entprog.supernet import SEARCHES, TIMING_STEPS, Snapshot, _race_shares, literal, paired, race
+from entprog.supernet import SEARCHES, TIMING_STEPS, _race_shares, literal, paired, race
 
 
 class Toy:
@@ -94,6 +96,19 @@ def test_a_short_budget_races_the_ends_or_nothing():
     ends = race(toy, list(COSTS), seconds=2 * 8 * 3.0 + TIMING_STEPS * 4.0)
     assert {(e["active"]) for e in ends.rungs[0]["entries"]} == {2, 8} and "only smallest" in ends.note
     assert race(toy, list(COSTS), seconds=20) is None
+
+
+@pytest.mark.parametrize("search", [race, paired, literal])
+@pytest.mark.parametrize("diverging", [[SMALL], [LARGE, MIDDLE], [SMALL, MIDDLE, LARGE]])
+def test_a_candidate_that_diverges_never_wins(search, diverging):
+    toy = Toy({c: math.nan if c in diverging else 0.01 for c in COSTS}, COSTS)
+    result = search(toy, list(COSTS), 400)
+    assert "diverged" in result.note and result.rungs
+    if search is race and len(diverging) < 3:
+        assert result.chosen == next(c for c in (SMALL, MIDDLE) if c not in diverging)
+        assert toy.p.item() == pytest.approx(10 - 0.01 * result.steps, rel=1e-5)
+    else:  # of one trajectory nothing is left
+        assert result.chosen is None and result.steps == 0 and toy.p.item() == 10
 
 
 def test_skipping_candidates_are_judged_with_the_blocks_back():

@@ -6,11 +6,15 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from entprog.checkpoint import put_back
 from entprog.config import RunConfig
 from entprog.data.synthetic import figures
 from entprog.ema import Ema
@@ -249,3 +253,29 @@ def test_never_trained_blocks_stay_as_they_were_with_an_average(tmp_path):
     for name, value in weights(tmp_path).items():
         if name.startswith("blocks.") and not any(name.startswith(f"{t}.") for t in trained):
             assert torch.equal(value, start[name]), name
+
+
+def test_what_a_resumed_run_holds_on_the_device_is_what_trains():
+    model = nn.Linear(2, 2, device="meta")  # stands for a GPU
+    model.bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[f"model.{name}"] = torch.zeros(p.shape)
+        tensors |= {f"optimizer.{name}.step": torch.zeros(()), f"optimizer.{name}.exp_avg": torch.zeros(p.shape)}
+    put_back(tensors, model, optimizer)
+    held = {n: {k: v.device.type for k, v in optimizer.state[p].items()} for n, p in model.named_parameters()}
+    assert held == {"weight": {"step": "meta", "exp_avg": "meta"}, "bias": {"step": "meta", "exp_avg": "cpu"}}
+
+
+@pytest.mark.parametrize("max_memory, device", [(None, "cuda:0"), ("1GiB", "cpu")])
+def test_a_checkpoint_is_read_to_the_host_within_a_budget(max_memory, device, monkeypatch):
+    asked = []
+    monkeypatch.setattr("entprog.train.load_checkpoint", lambda folder, device: asked.append(device))
+    ready = SimpleNamespace(wait_for_everyone=lambda: None)
+    config = SimpleNamespace(max_memory=max_memory)
+    resuming = SimpleNamespace(
+        device=torch.device("cuda:0"), config=config, out=Path(), writes=False, accelerator=ready
+    )
+    Trainer._resume(resuming)
+    assert asked == [device]

@@ -216,7 +216,7 @@ def modes_when_sharded(kind):
 
 def snapshot_after_forward(kind):
     """Restore weights after a forward pass without gradients: the next one must see them, root included."""
-    from entprog.supernet import Snapshot
+    from entprog.snapshot import Snapshot
 
     model, _ = plain_made(kind)
     batch = part(plain_batch(0), False)

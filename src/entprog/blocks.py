@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from entprog.probe import Arguments, Outputs, Watch, forked_rng, probe
 
@@ -345,6 +346,14 @@ def first_tensor(output: Any) -> Tensor:
     raise ValueError(
         f"the model's output {type(output).__name__} holds no tensor: pass predict(model, batch) -> tensor"
     )
+
+
+def on_host(batch: Any) -> Callable[[], Any]:
+    """Move a batch's tensors, in dicts, lists and tuples, to the host; returns what gives the batch back as it was."""
+    leaves, form = tree_flatten(batch)
+    devices = [v.device if isinstance(v, Tensor) else None for v in leaves]
+    held = [v.to("cpu") if isinstance(v, Tensor) else v for v in leaves]
+    return lambda: tree_unflatten([v if d is None else v.to(d) for v, d in zip(held, devices, strict=True)], form)
 
 
 def batch_size(batch: Any) -> int:

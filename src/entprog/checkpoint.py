@@ -118,12 +118,19 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def put_back(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Set weights, in place, and optimizer state to what `named_state` named."""
+    """Set weights, in place, and optimizer state to what `named_state` named.
+
+    State of what does not train stays where it was loaded, but for scalars: optimizers want those beside the parameter.
+    """
     with torch.no_grad():
         for name, p in model.named_parameters():
             set_value(p, tensors[f"model.{name}"])
             prefix = f"optimizer.{name}."
-            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            own = {
+                k.removeprefix(prefix): v.to(p.device) if p.requires_grad or not v.ndim else v
+                for k, v in tensors.items()
+                if k.startswith(prefix)
+            }
             if own:
                 optimizer.state[p] = own
 

@@ -1,7 +1,9 @@
 """Guards: what would go wrong in silence in somebody's loop, refused before blocks are switched."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,23 @@ from entprog.blocks import Block, by_name, forked_rng
 from entprog.parallel import is_sharded
 
 if TYPE_CHECKING:
+    from entprog.plugin import EntProg
     from entprog.strategy import Progressive
+
+# what says that a stage or a period has begun
+BEGUN = (
+    "last_step",
+    "stage",
+    "stage_step",
+    "period",
+    "turns",
+    "waited",
+    "drawn",
+    "rotating",
+    "candidate",
+    "wanted",
+    "out",
+)
 
 
 def check_inputs(clock: str, total_steps: int, settings: "Progressive", shrink: Any) -> None:
@@ -37,6 +55,17 @@ def check_settings(settings: "Progressive", saved: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the saved state belongs to another setting (saved, now): {differing}: resume with the saved one"
         )
+
+
+@contextmanager
+def retriable(prog: "EntProg") -> Iterator[None]:
+    """Forget a stage or period that failed to begin, so that the next call of `step` does not pass it by."""
+    before = {name: copy(getattr(prog, name)) for name in BEGUN}
+    try:
+        yield
+    except BaseException:
+        vars(prog).update(before)
+        raise
 
 
 def check_shrunk(steps: int) -> None:

@@ -156,7 +156,9 @@ def settle(prog: "EntProg", candidate: Candidate, progress: float) -> Candidate:
         candidate = largest(prog, candidate)
         prog.switch(candidate)
         predicted = budget.training(prog.modes, prog.keeping)
-        key = f"bytes at step {prog.last_step}, {candidate.active} active, {candidate.skipped} skipped, {prog.keeping}"
+        key = (
+            f"bytes at step {prog.last_step}, {candidate.active} active, {candidate.skipped} skipped, {prog.keeping!r}"
+        )
         measured = int(prog.decide(key, lambda: _tried(prog)))
         budget.ratio = max(budget.ratio, measured / predicted)
         bytes_ = {"predicted": predicted, "measured": measured, "limit": budget.limit}
@@ -247,14 +249,21 @@ def rotate(prog: "EntProg", progress: float) -> None:
     prog.enter(replace(now, active=prog.wanted.active), progress, reason="rotated")
 
 
-def release(prog: "EntProg") -> None:
-    """Give the model back as it was found, weights as trained: nothing parked, checkpointed or left out."""
+def release(prog: "EntProg", optimizer: bool = True) -> None:
+    """Give the model back as it was found, weights as trained: nothing parked, checkpointed, frozen or left out.
+
+    optimizer: parked optimizer state comes back, too.
+    """
     for block in prog.blocks:
         set_mode(block, "train")
+    for p, required in prog.required:
+        p.requires_grad_(required)
     if prog.budget is not None and not prog.budget.already:
         checkpoint_blocks(prog.blocks, "none")
     if prog.budget is not None or prog.settings.frozen_weights:
         settle_weights(prog.model, prog.blocks, None)
+    if optimizer and prog.optimizer is not None and prog.optimizer_state != "keep":
+        settle_optimizer(prog.optimizer, [])
 
 
 def state(prog: "EntProg") -> dict[str, Any]:

@@ -27,14 +27,16 @@ from entprog.guards import (
     check_shrunk,
     check_switchable,
     held_out_batches,
+    retriable,
 )
 from entprog.measure import Ledger, held_out_losses, saved_bytes
 from entprog.modes import LossFn, Predict, predict_by_loss, running
 from entprog.priority import samples
 from entprog.ranking import boundaries, out_at_most, rank, selected
-from entprog.schedule import SCHEDULES, Candidate, block_modes, block_sizes, linear
+from entprog.schedule import SCHEDULES, Candidate, block_modes, block_sizes, nearest_to_linear
+from entprog.snapshot import Snapshot, changing
 from entprog.strategy import Progressive, ent_prog
-from entprog.supernet import SEARCHES, BatchStream, SearchResult, Snapshot, at_average
+from entprog.supernet import SEARCHES, BatchStream, SearchResult, at_average
 from entprog.tokens import WHOLE, Shrink, Tokens
 
 Decide = Callable[[str, Callable[[], Any]], Any]
@@ -91,6 +93,7 @@ class EntProg:
         check_inputs(clock, total_steps, self.settings, shrink)
         self.shrink = shrink
         self.model, self.total_steps, self.clock, self.seconds = model, total_steps, clock, seconds
+        self.required = [(p, p.requires_grad) for p in model.parameters()]
         self.held_out = held_out_batches(held_out, train_batches)
         self.train_batches, self.loss_fn, self.t = train_batches, loss_fn, t
         self._backward = backward or (lambda loss: loss.backward())
@@ -167,9 +170,11 @@ class EntProg:
     def step(self, step: int, optimizer: torch.optim.Optimizer, progress: float | None = None) -> None:
         """Bring the model into the state this optimizer step needs; call it before the forward pass.
 
-        Repeating it with the same step changes nothing. `progress` in [0, 1) replaces step / total_steps where a run
-        is measured in seconds. RuntimeError if gradients are pending when the trainable set has to change, ValueError
-        if checkpointing is reentrant (guards.check_switchable).
+        Repeating it with the same step changes nothing, unless it failed. `progress` in [0, 1) replaces step /
+        total_steps where a run is measured in seconds. A search trains at the optimizer's learning rate: at 0, as a
+        warm-up may begin, it cannot tell, and the linear schedule's number is taken. RuntimeError if gradients are
+        pending when the trainable set has to change, ValueError if checkpointing is reentrant
+        (guards.check_switchable).
         """
         if self.optimizer is not optimizer:
             self.optimizer = optimizer
@@ -185,14 +190,15 @@ class EntProg:
         period = memory.due(self, step, progress) if stage == self.stage else 0
         if stage != self.stage or self._restored(progress, due) or period > self.period:
             check_switchable(self.model, by_name(self.blocks, self.candidates), optimizer, self._try)
-        self.last_step = step
-        if stage != self.stage:
-            self._begin_stage(stage, progress)
-        elif period > self.period:
-            self.period = period
-            memory.rotate(self, progress)
-        if restored := self._restored(progress, due):
-            self.enter(restored, progress, reason="restored")
+        with retriable(self):
+            self.last_step = step
+            if stage != self.stage:
+                self._begin_stage(stage, progress)
+            elif period > self.period:
+                self.period = period
+                memory.rotate(self, progress)
+            if restored := self._restored(progress, due):
+                self.enter(restored, progress, reason="restored")
 
     def _restored(self, progress: float, due: float) -> Candidate | None:
         """Return the present candidate with the blocks and tokens back that should be by now; None if none should."""
@@ -223,7 +229,7 @@ class EntProg:
         self.stage, self.peak_bytes = stage, 0
         self.stage_step, self.period, self.drawn = self.last_step, 0, []
         self.rotating = self._stopped = False
-        self.bypass_sets, self.stream = {}, BatchStream(self.train_batches)
+        self.bypass_sets, self.stream = {}, BatchStream(self.train_batches, host=self.budget is not None)
         if self.scores is None or self.settings.rescore == "stage":
             with self.ledger("scoring"):
                 rank(self, progress)
@@ -241,6 +247,7 @@ class EntProg:
         stopped = self._stopped or self.wanted.active < chosen.active
         growth = self.settings.growth or ("rotate" if stopped else "nested")
         self.rotating = growth == "rotate" and self.wanted.active < len(self.candidates)
+        self.stream = BatchStream(self.train_batches)  # lets the batches of the search go
 
     def sets(self, candidate: Candidate) -> tuple[list[str], list[str]]:
         return selected(self, candidate)
@@ -318,30 +325,26 @@ class EntProg:
         return candidate
 
     def _search(self, options: Sequence[Candidate]) -> Candidate:
-        """Ask the supernet which candidate pays most; the linear schedule's when it cannot be afforded."""
-        settings, result = self.settings, None
+        """Ask the supernet which candidate pays most; the linear schedule's when it cannot tell."""
+        assert self.optimizer is not None
+        settings, result, note = self.settings, None, "one candidate"
         if self.budget is not None:
             memory.settle(self, options[0], self.stage / settings.stages)  # measured once, before any of them trains
             affordable = [c for c in options if memory.fits(self, c)] or [options[0]]
             self._stopped, options = len(affordable) < len(options), affordable
-        if len(options) > 1:
-            result = SEARCHES[settings.search](self, options, self._search_seconds())
-        if result is None:
+        if len(options) > 1 and all(group.get("lr") == 0 for group in self.optimizer.param_groups):
+            note = "the learning rate is 0, no candidate would move: the linear schedule's number taken"
+        elif len(options) > 1:
+            note = "search unaffordable"
+            result = SEARCHES[settings.search](self, options, run_cost.search_seconds(self))
+        result = result or SearchResult(settings.search, None, 0, note=note)
+        if (chosen := result.chosen) is None:
             sizes = block_sizes(self.blocks, self.ranking(trainable=True))
-            usual = linear(self.stage, settings.stages, sizes, settings, None, self._search)
-            chosen = min(options, key=lambda c: (abs(c.active - usual.active), c.skipped, c.tokens != usual.tokens))
-            result = SearchResult(settings.search, chosen, 0)
-            result.note = "search unaffordable" if len(options) > 1 else "one candidate"
-        self._stopped = self._stopped and result.chosen.active == max(c.active for c in options)
+            chosen = result.chosen = nearest_to_linear(options, self.stage, sizes, settings)
+        self._stopped = self._stopped and chosen.active == max(c.active for c in options)
         self.search_steps += result.steps
         self.emit("search", self.stage / settings.stages, stage=self.stage, **result.record())
-        return result.chosen
-
-    def _search_seconds(self) -> float:
-        if self.seconds is not None:
-            return self.settings.search_budget * self.seconds / self.settings.stages
-        steps = self.settings.search_budget * self.total_steps / self.settings.stages
-        return steps * self.full_step_seconds()
+        return chosen
 
     def full_step_seconds(self) -> float:
         return float(self.decide("full step seconds", lambda: run_cost.full_step_seconds(self)))
@@ -393,8 +396,10 @@ class EntProg:
     def snapshot(self) -> Snapshot:
         """Copy everything training can change (Trial)."""
         assert self.optimizer is not None
-        parameters = [p for b in self.blocks for p in (*b.parameters(), *b.adapters)] + self.always + self.stem
-        taken = Snapshot.take(parameters, self.optimizer, host=self.budget is not None)
+        inside = [p for b in self.blocks for p in (*b.parameters(), *b.adapters)]
+        held = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]  # by the loss
+        parameters = list(dict.fromkeys([*inside, *self.always, *self.stem, *held]))
+        taken = Snapshot.take(parameters, self.optimizer, self.budget is not None, changing(self.model))
         self.snapshots.add(taken)
         return taken
 
@@ -417,12 +422,13 @@ class EntProg:
             "bypass_sets": [[asdict(c), *found] for c, found in self.bypass_sets.items()],
         }
 
-    def release(self) -> None:
+    def release(self, optimizer: bool = True) -> None:
         """Give the model back for use when training is over: its own weights, every block running, none checkpointed.
 
-        state_dict() and save_pretrained() of the model hold its own weights before that, too.
+        What trained when it was built may train again. Parked optimizer state comes back to the device, unless
+        `optimizer` is False. state_dict() and save_pretrained() hold the model's own weights before that, too.
         """
-        memory.release(self)
+        memory.release(self, optimizer)
         self.tokens = WHOLE
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
 
 from entprog import parallel
-from entprog.blocks import Block, batch_size, evaluating, gradients_aside
+from entprog.blocks import Block, batch_size, evaluating, gradients_aside, on_host
 from entprog.cei import Scores, Stop, Times, by_skipping, cei, inflation, knn_entropy, make_scores, relative_change
 from entprog.cei import gaussian_entropy as gaussian
 from entprog.modes import LossFn, Predict, preserved, running, set_active
@@ -126,6 +126,16 @@ def samples(batch: Any) -> list[Any]:
     return [{k: v[i : i + 1] for k, v in batch.items()} for i in range(counts.pop())]
 
 
+class HostBatches:
+    """Batches that wait on the host; each comes back to its device when it is asked for, in every pass over them."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._held = [on_host(batch) for batch in batches]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (back() for back in self._held)
+
+
 def _batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """Return the modules in training mode whose output depends on which samples share a batch."""
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
@@ -207,21 +217,22 @@ def gain(
     what is batch i's own; so what is held does not grow with the number of batches. ValueError with fewer than two.
     """
     fn = _needs(loss_fn, "gain")
-    kept = list(parallel.in_step(model, batches))
-    if (count := len(kept)) < 2:
-        raise ValueError(f"priority 'gain' needs at least 2 batches, one to step on and one to judge by: got {count}")
+    kept, count = batches if isinstance(batches, HostBatches) else list(parallel.in_step(model, batches)), 0
     sums: list[list[tuple[Tensor, Tensor]]] = []
-    for seed, batch in enumerate(kept):
+    for seed, batch in enumerate(parallel.in_step(model, kept)):
+        count += 1
         for b, block in enumerate(block_gradients(model, blocks, fn, batch, seed)):
             if seed == 0:
                 sums.append([(torch.zeros_like(g), torch.zeros_like(g)) for g in map(_double, block)])
             for g, (total, squares) in zip(map(_double, block), sums[b], strict=True):
                 total.add_(g)
                 squares.addcmul_(g, g)
+    if count < 2:
+        raise ValueError(f"priority 'gain' needs at least 2 batches, one to step on and one to judge by: got {count}")
     sizes = [sum(p.numel() for p in b.parameters()) for b in blocks]
     cost = [size / (sum(sizes) / len(sizes)) for size in sizes]
     rows = []
-    for seed, batch in enumerate(kept):
+    for seed, batch in enumerate(parallel.in_step(model, kept)):
         row = []
         for b, block in enumerate(block_gradients(model, blocks, fn, batch, seed)):
             directions = [_direction(_double(g), *s, count - 1).float() for g, s in zip(block, sums[b], strict=True)]

@@ -5,6 +5,7 @@ one sample at a time, by gradients one group of blocks at a time, both checkpoin
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ from entprog import memory, run_cost
 from entprog.budget import SUMS, merged
 from entprog.bypass import choose_skips
 from entprog.cei import Scores, Stop, with_inherited
+from entprog.frozen import settle_weights
 from entprog.measure import tensor_bytes
 from entprog.plan import cost_aware
-from entprog.priority import agreement, samples, score
+from entprog.priority import HostBatches, agreement, samples, score
 from entprog.schedule import RESTORES, Candidate, at_least_one, at_most, block_sets, block_sizes, still_out
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ def rank(prog: "EntProg", progress: float) -> None:
         prog.switch(Candidate(count))
     prog.step_cost()
     batches = prog.decide(f"score batches at stage {prog.stage}", lambda: batches_within_budget(prog))
+    if prog.budget is None and settings.frozen_weights not in (None, "cpu"):  # from the host they are their own
+        settle_weights(prog.model, prog.blocks, None)  # the next switch parks again
     names = [b.name for b in prog.blocks]  # a zero-initialised block takes its host's place
     prog.scores = with_inherited(_scored(prog, settings.priority, batches, stop), names)
     for other in settings.also_score:
@@ -57,15 +61,15 @@ def batches_within_budget(prog: "EntProg") -> int:
 
 
 def _scored(prog: "EntProg", priority: str, batches: int, stop: Stop | None) -> Scores:
-    drawn: Any = islice(prog.score_batches(), batches)
+    drawn: Iterable[Any] = islice(prog.score_batches(), batches)
     groups = [prog.blocks]
     if prog.budget is not None:
-        drawn = list(drawn)
         if priority in SUMS:
             keeping, groups = prog.budget.groups(prog.blocks, SUMS[priority])
         else:
             keeping = prog.budget.scores_kept()
-            drawn = [sample for batch in drawn for sample in samples(batch)]
+            drawn = (sample for batch in drawn for sample in samples(batch))
+        drawn = HostBatches(drawn)  # for every group of blocks the same
         memory.rest(prog, keeping)
     parts = []
     for group in groups:

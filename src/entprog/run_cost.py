@@ -16,6 +16,7 @@ from entprog.modes import mode_of
 from entprog.priority import block_gradients, samples
 from entprog.profiling import cost_of
 from entprog.schedule import Candidate
+from entprog.snapshot import back_on_error
 from entprog.supernet import TIMING_STEPS
 from entprog.tokens import WHOLE, Tokens
 
@@ -69,6 +70,15 @@ def full_step_seconds(prog: "EntProg") -> float:
     return seconds * prog.step_flops(prog.modes_of(whole, ())) / prog.step_flops(modes)
 
 
+def search_seconds(prog: "EntProg") -> float:
+    """Return what a stage's search may cost: search_budget of the stage."""
+    settings = prog.settings
+    if prog.seconds is not None:
+        return settings.search_budget * prog.seconds / settings.stages
+    steps = settings.search_budget * prog.total_steps / settings.stages
+    return steps * prog.full_step_seconds()
+
+
 def gradient_seconds(prog: "EntProg") -> float:
     """Seconds of a batch's gradients as scores take them, timed on one sample: small steps are slow for their FLOPs.
 
@@ -114,10 +124,11 @@ def timed(prog: "EntProg", candidate: Candidate) -> float:
         seconds = prog.step_flops(prog.modes, candidate.tokens) / MODEL_CLOCK_FLOPS
     else:
         start, times = prog.snapshot(), []
-        for _ in range(TIMING_STEPS):
-            begun = now()
-            prog.train(0, 1)
-            times.append(parallel.slowest(prog.model, now() - begun))
+        with back_on_error(start):
+            for _ in range(TIMING_STEPS):
+                begun = now()
+                prog.train(0, 1)
+                times.append(parallel.slowest(prog.model, now() - begun))
         start.restore()
         seconds = min(times[1:])  # the first step after a switch does not count
     if before:

@@ -155,6 +155,12 @@ def candidates(
     return sorted(c.at(t) for c in blocks for t in allowed)
 
 
+def nearest_to_linear(options: Sequence[Candidate], stage: int, count: Sizes, settings: "Progressive") -> Candidate:
+    """Return the candidate that comes nearest to the linear schedule's, for a stage in which no search can tell."""
+    usual = linear(stage, settings.stages, count, settings, None, lambda found: found[0])
+    return min(options, key=lambda c: (abs(c.active - usual.active), c.skipped, c.tokens != usual.tokens))
+
+
 SCHEDULES: dict[str, Schedule] = {"fixed": fixed, "linear": linear, "adaptive": adaptive}
 
 

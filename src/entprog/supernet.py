@@ -23,15 +23,15 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from entprog.blocks import forked_rng
-from entprog.frozen import set_value, value_of
-from entprog.optim import numbers
+from entprog.blocks import forked_rng, on_host
 from entprog.schedule import Candidate
+from entprog.snapshot import Snapshot, back_on_error
 
 FIRST_STEPS = 8  # counted steps every candidate gets before it can lose
 PROBE_STEPS = 3
@@ -59,65 +59,8 @@ class Trial(Protocol):
     def losses(self) -> Tensor:
         """Held-out losses (n,) of the whole network on whole clips: fixed times and noise, eval mode."""
 
-    def snapshot(self) -> "Snapshot":
+    def snapshot(self) -> Snapshot:
         """Copy everything training changes."""
-
-
-@dataclass(eq=False)
-class Snapshot:
-    """Weights, gradient-free, and optimizer state of some parameters, to go back to; `host`: kept on the host.
-
-    What comes back from the host leaves the optimizer state there: settle the optimizer (optim.py) after `restore`.
-    `counts` are the numbers that stand in the optimizer's groups: schedule-free optimizers count their steps there.
-    """
-
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    weights: list[Tensor]
-    state: list[dict[str, Any] | None]
-    counts: list[dict[str, float]]
-    host: bool = False
-
-    @classmethod
-    def take(
-        cls, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, host: bool = False
-    ) -> "Snapshot":
-        """Copy the parameters' values and optimizer state."""
-        weights = [value_of(p).detach() for p in parameters]
-        return cls(
-            list(parameters),
-            optimizer,
-            [w.to("cpu", copy=True) if host else w.clone() for w in weights],
-            [_copied(optimizer.state.get(p), host) for p in parameters],
-            numbers(optimizer),
-            host,
-        )
-
-    def bytes(self) -> int:
-        """Return what the copies take beside the model: nothing on the host."""
-        if self.host:
-            return 0
-        copies = [v for s in self.state if s for v in s.values() if isinstance(v, Tensor)]
-        return sum(t.numel() * t.element_size() for t in [*self.weights, *copies])
-
-    def restore(self) -> None:
-        """Put them back in place, and delete state that has been made since.
-
-        Never optimizer.load_state_dict: it casts the moments to the parameters' dtype.
-        """
-        with torch.no_grad():
-            for p, weight, state in zip(self.parameters, self.weights, self.state, strict=True):
-                set_value(p, weight)
-                p.grad = None
-                if state is None:
-                    self.optimizer.state.pop(p, None)
-                else:
-                    self.optimizer.state[p] = _copied(state)
-        now = numbers(self.optimizer)
-        for group, counts, found in zip(self.optimizer.param_groups, self.counts, now, strict=True):
-            for made_since in found.keys() - counts.keys():
-                del group[made_since]
-            group.update(counts)
 
 
 @contextmanager
@@ -140,19 +83,21 @@ def at_average(optimizer: Any) -> Iterator[None]:
 class BatchStream:
     """Batches by index, each drawn once under its own seed: the same for every candidate, whatever the loader draws.
 
-    `make()` gives a new iterator; one that runs out is begun again. ValueError if it yields nothing.
+    `make()` gives a new iterator; one that runs out is begun again. ValueError if it yields nothing. `host`: they wait
+    on the host.
     """
 
-    def __init__(self, make: Callable[[], Iterable[Any]]) -> None:
-        self.make = make
-        self.drawn: list[Any] = []
+    def __init__(self, make: Callable[[], Iterable[Any]], host: bool = False) -> None:
+        self.make, self.host = make, host
+        self.drawn: list[Callable[[], Any]] = []
         self.source: Iterator[Any] = iter(())
 
     def __getitem__(self, index: int) -> Any:
         while len(self.drawn) <= index:
             with forked_rng(500 + len(self.drawn)):
-                self.drawn.append(self._next())
-        return self.drawn[index]
+                batch = self._next()
+            self.drawn.append(on_host(batch) if self.host else partial(_itself, batch))
+        return self.drawn[index]()
 
     def _next(self) -> Any:
         for attempt in range(2):
@@ -163,25 +108,21 @@ class BatchStream:
         raise ValueError("train_batches() yields no batch: pass a callable that gives a new iterator at each call")
 
 
-def _copied(state: dict[str, Any] | None, host: bool = False) -> dict[str, Any] | None:
-    if not state:
-        return None
-    return {
-        k: v.to("cpu" if host and v.ndim else v.device, copy=True) if isinstance(v, Tensor) else v
-        for k, v in state.items()
-    }
+def _itself(batch: Any) -> Any:
+    return batch
 
 
 @dataclass
 class SearchResult:
     """What a search found: the choice, every measurement on the way, and what to know about it.
 
-    `steps` is how many batches of the run's stream the kept trajectory used; rungs[i]["entries"] hold per candidate
+    `chosen` is None where no candidate's loss stayed finite; everything is then as it was before. `steps` is how many
+    batches of the run's stream the kept trajectory used; rungs[i]["entries"] hold per candidate
     active, skipped, steps, seconds, loss_before, loss_after, efficiency and interval (95 %, of the efficiency).
     """
 
     estimator: str
-    chosen: Candidate
+    chosen: Candidate | None
     steps: int
     rungs: list[dict[str, Any]] = field(default_factory=list)
     note: str = ""
@@ -203,6 +144,11 @@ def _entry(candidate: Candidate, steps: int, seconds: float, before: Tensor, aft
         "efficiency": mean / seconds,
         "interval": [(mean - spread) / seconds, (mean + spread) / seconds],
     }
+
+
+def _finite_or(worst: float, value: float) -> float:
+    """Return a value that can be compared: NaN is neither better nor worse than anything."""
+    return value if math.isfinite(value) else worst
 
 
 def _tied(a: Tensor, b: Tensor) -> bool:
@@ -232,6 +178,9 @@ class _Racer:
     seconds: float = 0.0
     losses: Tensor = field(default_factory=lambda: torch.zeros(0))
 
+    def loss(self) -> float:
+        return _finite_or(math.inf, self.losses.mean().item())
+
 
 def affordable(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> tuple[list[Candidate], str]:
     """Return the candidates whose race fits into `seconds`: all, the smallest and the largest, or none."""
@@ -253,7 +202,7 @@ def race(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> Searc
     """Let every candidate train for equal seconds from the same state, halve the field, double the time.
 
     Returns None, with nothing changed, if `seconds` cannot pay for 8 steps of even two candidates. Of two candidates
-    whose losses are tied at the last rung the cheaper one is taken.
+    whose losses are tied at the last rung the cheaper one is taken. One whose loss is not finite drops out.
     """
     entered, note = affordable(trial, candidates, seconds)
     if not entered:
@@ -265,6 +214,13 @@ def race(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> Searc
         return race(trial, [entered[0], entered[-1]], per_rung * _race_shares(len(entered)))
     before, start = trial.losses(), trial.snapshot()
     racers = [_Racer(c, start) for c in entered]
+    with back_on_error(start):
+        return _raced(trial, racers, per_rung, before, note)
+
+
+def _raced(trial: Trial, racers: list[_Racer], per_rung: float, before: Tensor, note: str) -> SearchResult:
+    """Run the rungs of a race and switch to the winner; back at the start if all diverge."""
+    start = racers[0].snapshot
     rungs: list[dict[str, Any]] = []
     leaders: list[Candidate] = []
     while len(racers) > 1:
@@ -273,12 +229,17 @@ def race(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> Searc
             _advance(trial, racer, extra * per_rung)
         entries = [_entry(r.candidate, r.steps, r.seconds, before, r.losses) for r in racers]
         rungs.append({"seconds": racers[0].seconds, "entries": entries})
-        racers.sort(key=lambda r: r.losses.mean().item())
+        racers.sort(key=_Racer.loss)
+        if diverged := [str(r.candidate) for r in racers if r.loss() == math.inf]:
+            note = f"{note}; diverged: {diverged}".lstrip("; ")
+        if len(diverged) == len(racers):
+            start.restore()
+            return SearchResult("race", None, 0, rungs, note)
         leaders.append(racers[0].candidate)
         if len(racers) == 2 and _tied(racers[0].losses, racers[1].losses):
             racers.sort(key=lambda r: trial.cost(r.candidate))
             note = f"{note}; tie at the last rung, the cheaper taken".lstrip("; ")
-        racers = racers[: math.ceil(len(racers) / 2)]
+        racers = [r for r in racers[: math.ceil(len(racers) / 2)] if r.loss() < math.inf]
     if len(set(leaders)) > 1:
         note = f"{note}; the leader changed with the horizon: {leaders}".lstrip("; ")
     winner = racers[0]
@@ -362,7 +323,9 @@ def _one_trajectory(
     if len(candidates) < 2 or _one_cycle(trial, candidates) > seconds:
         return None
     seconds -= TIMING_STEPS * sum(trial.cost(c) for c in candidates)
-    visits = _visits(trial, candidates, seconds)
+    start = trial.snapshot()
+    with back_on_error(start):
+        visits = _visits(trial, candidates, seconds)
     entries = []
     for candidate in candidates:
         own = [v for v in visits if v[0] == candidate]
@@ -370,14 +333,20 @@ def _one_trajectory(
         drop = charged(visits, candidate)
         entries.append(_entry(candidate, steps, steps * trial.cost(candidate), drop, torch.zeros_like(drop)))
         entries[-1] |= {"loss_before": visits[0][2].mean().item(), "loss_after": visits[-1][3].mean().item()}
-    best = max(range(len(entries)), key=lambda i: entries[i]["efficiency"])
-    trial.switch(candidates[best])
     rung = {"seconds": seconds, "entries": entries}
+    best = max(range(len(entries)), key=lambda i: _finite_or(-math.inf, entries[i]["efficiency"]))
+    if not math.isfinite(entries[best]["efficiency"]) or not visits[-1][3].mean().isfinite():
+        start.restore()
+        return SearchResult(estimator, None, 0, [rung], "the trajectory diverged and was rolled back")
+    trial.switch(candidates[best])
     return SearchResult(estimator, candidates[best], sum(v[1] for v in visits), [rung])
 
 
 def paired(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> SearchResult | None:
-    """Charge each visit's change of the held-out loss to the candidate that made it; nothing is rolled back."""
+    """Charge each visit's change of the held-out loss to the candidate that made it.
+
+    Nothing is rolled back, unless the loss does not stay finite.
+    """
 
     def own_change(visits: list[Any], candidate: Candidate) -> Tensor:
         return torch.stack([before - after for c, _, before, after in visits if c == candidate]).sum(0)
@@ -388,7 +357,7 @@ def paired(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> Sea
 def literal(trial: Trial, candidates: Sequence[Candidate], seconds: float) -> SearchResult | None:
     """Credit every candidate with the whole trajectory's change: always picks the cheapest."""
     whole = _one_trajectory("literal", trial, candidates, seconds, lambda v, _: v[0][2] - v[-1][3])
-    if whole is not None:
+    if whole is not None and whole.chosen is not None:
         whole.note = "degenerate estimator: all candidates are credited with the same change of the loss"
     return whole
 

@@ -383,7 +383,8 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go back to the last checkpoint, if there is one, and keep every recorded decision."""
-        device = "cpu" if self.device.type == "cpu" else str(self.device)  # not cpu:0, which safetensors refuses
+        cpu = self.device.type == "cpu" or self.config.max_memory is not None  # a copy of all may not fit a GPU
+        device = "cpu" if cpu else str(self.device)  # not cpu:0, which safetensors refuses
         found = load_checkpoint(self.out / "checkpoints", device)
         if self.writes:
             self.log.rewind(found[0]["events"] if found else 0, replay=self.config.clock == "wall")
@@ -410,7 +411,7 @@ class Trainer:
         if self.ema.average:
             self.ema.swap()
         if self.prog:
-            self.prog.release()
+            self.prog.release(optimizer=False)  # of no use any more, and there may be no room for it
         with self.ledger("held_out"):
             losses = self.held_out_loss().double()
         if self.wrapped is not self.model:  # adapters are merged
