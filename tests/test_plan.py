@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ZOO
+from conftest import ZOO, Plain
+from torch import nn
 
 import entprog
 from entprog.blocks import find_blocks
@@ -58,6 +59,27 @@ def test_flops_are_the_counters():
     entprog.set_active(blocks, [first])
     model.embed.requires_grad_(False)
     assert found.step(frozen)["flops"] == count_flops(lambda: model(**inputs).sum().backward())
+
+
+@pytest.mark.parametrize("why", ["does not run on shapes alone", "do not run once"])
+def test_a_cost_that_is_reckoned_by_rule_says_why(why):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Plain()
+
+        def forward(self, x):
+            y = self.body(x)
+            if "shapes" in why:
+                return y * x.mean().item()
+            return y if x.is_meta else self.body.blocks[0](y)
+
+    model, x = Reads(), torch.randn(2, 5, 8)
+    blocks = find_blocks(model.body)
+    for i, block in enumerate(blocks):
+        block.name = f"body.blocks.{i}"
+    with pytest.warns(UserWarning, match=f"a Reads's steps are reckoned by rule.*{why}"):
+        assert cost_of(model, blocks, lambda: model(x)).counted == "rule"
 
 
 def test_predictions_are_the_same_at_every_call():

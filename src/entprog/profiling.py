@@ -4,8 +4,9 @@ No weights, no data, no fit: the model runs forward with shapes only, each kind 
 for every way it may run (kinds.py), and what autograd saves is counted storage by storage.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -162,13 +163,21 @@ def cost_of(
     """Return what a step of the loss that `run()` computes, of some samples, costs; runs it once, without gradients.
 
     The model's cost by its profile, times the calls of the model, and what `run` does besides. A model that cannot run
-    on shapes alone, or whose blocks run several times in a call, is counted by rule (cost.by_rule).
+    on shapes alone, or whose blocks run several times in a call, is counted by rule (cost.by_rule), with a warning that
+    says why.
     """
     calls, total, spent, inputs = _counted(model, blocks, run)
     found: StepCost | None = None
-    with suppress(NotImplementedError, RuntimeError, TypeError, ValueError):  # then it is counted by rule, and says so
+    why = "its blocks do not run once in each call, or not as on shapes alone"
+    try:
         found = profile(model, inputs, blocks=blocks, always=always, device="cpu", lora_rank=0).cost
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        why = f"it does not run on shapes alone, {type(error).__name__}: {error}"
     if found is None or any(spent[b.name][0] != calls * found.forward[b.name] for b in blocks):
+        message = (
+            f"the FLOPs of a {type(model).__name__}'s steps are reckoned by rule from one forward pass, since {why}"
+        )
+        warnings.warn(message, stacklevel=2)
         rest = total - sum(f for f, _ in spent.values())
         return by_rule({n: f for n, (f, _) in spent.items()}, {n: a for n, (_, a) in spent.items()}, rest, samples)
     found = found.times(calls)
