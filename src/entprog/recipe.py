@@ -82,7 +82,7 @@ def cpu() -> dict[str, Any]:
         "common": {
             "size": 64, "autoencoder": "taef2-people", "mixed_precision": "bf16", "clock": "wall", "lr_warmup": 0.05,
             "held_out_clips": 32, "evaluations": 6, "samples": 8, "num_inference_steps": 20, "ema_decay": 0.995,
-            "condition_dropout": 0.0, "joint_dropout": 0.1, "guidance_scale": 2.0, "guided": ("pose", "reference"),
+            "condition_dropout": 0.0, "joint_dropout": 0.1, "guidance_scale": 3.5, "guided": ("pose", "reference"),
             "checkpoint_every": 500, "person_weight": 4.0,
         },
         "base": {"model": "people"},
