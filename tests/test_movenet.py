@@ -102,6 +102,19 @@ def movenet() -> MoveNet:
         pytest.skip(f"the network cannot be had: {error}")
 
 
+def test_a_still_picture_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+
+    def frame(frame: Tensor) -> Tensor:
+        looked.append(frame)
+        return frame.float().mean().expand(17, 3)
+
+    detector = MoveNet.__new__(MoveNet)
+    monkeypatch.setattr(detector, "_frame", frame, raising=False)
+    frames = torch.tensor([7, 3, 7, 9, 3], dtype=torch.uint8)[:, None, None, None].expand(5, 3, 4, 4)
+    assert detector(frames)[:, 0, 0].tolist() == [7, 3, 7, 9, 3] and len(looked) == 3
+
+
 @pytest.mark.parametrize("size", [512, 96])
 def test_a_photograph_is_understood(movenet: MoveNet, size: int) -> None:
     data = pytest.importorskip("skimage.data", reason="scikit-image is not installed")
