@@ -15,7 +15,7 @@ from entprog.data.detect import Found, PoseEstimator, nobody
 from entprog.data.follow import sampled
 from entprog.data.framing import body_extent, bucket_sizes, covers, crop_box, cut, face_boxes, label, smooth_track
 from entprog.data.prepare import prepare_videos
-from entprog.data.prepared import LABELS, Prepared
+from entprog.data.prepared import LABELS, Prepared, read_manifest
 from entprog.data.sources import find_subjects, find_videos, split_sources
 from entprog.data.video import write_mp4
 from entprog.packaged import PackagedFileError
@@ -199,7 +199,9 @@ def test_an_interrupted_run_goes_on_and_ends_alike(tmp_path: Path) -> None:
         film(tmp_path / "in", name, walk(18))
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "in", tmp_path / "out", tracker=Bright(fails=1))
-    assert {r["video"] for r in read(tmp_path / "out")[0]} == {"a"}
+    assert {r["video"] for r in read_manifest(tmp_path / "out")} == {"a"}
+    with pytest.raises(ValueError, match="not finished"):
+        read(tmp_path / "out")
     with (tmp_path / "out" / "videos.jsonl").open("a") as file:
         file.write('{"video": "b", "i')  # killed while writing
     rest, again, seen = Bright(), Bright(), []
