@@ -111,7 +111,9 @@ def entprog_of(model, loss, **settings):
     return prog
 
 
-@pytest.mark.parametrize("name", ["WanTransformer3DModel", "UNet2DConditionModel"])
+@pytest.mark.parametrize(
+    "name", ["WanTransformer3DModel", pytest.param("UNet2DConditionModel", marks=pytest.mark.slow)]
+)
 def test_a_run_cuts_self_attention_where_there_is_any_and_passes_elsewhere(name):
     model, inputs = build(name)
 

@@ -84,7 +84,7 @@ def test_held_out_loss_is_the_whole_networks_while_blocks_sit_out():
         assert torch.equal(prog.losses()[:4], trained_by(inputs)(model))
 
 
-@pytest.mark.parametrize("search", ["race", "paired", "literal"])
+@pytest.mark.parametrize("search", ["race", *(pytest.param(s, marks=pytest.mark.slow) for s in ("paired", "literal"))])
 def test_a_search_in_the_loop_is_affordable_deterministic_and_logged(search):
     outcomes = []
     for _ in range(2):

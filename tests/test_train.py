@@ -57,7 +57,7 @@ CASES = {name: replace(TINY, strategy=name) for name in STRATEGIES} | {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n if n == "ent-prog" else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_two_fresh_runs_are_bit_identical_and_the_model_loads(name, tmp_path):
     for run in ("a", "b"):
         results = make(CASES[name], tmp_path / run).run()
@@ -73,7 +73,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("when", [0.3, 0.9])
+@pytest.mark.parametrize("when", [0.3, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_a_killed_and_resumed_run_gives_bit_equal_weights(name, when, tmp_path):
     whole_run = make(CASES[name], tmp_path / "whole")
     whole_run.run()
