@@ -321,3 +321,12 @@ def test_the_command_prints_and_reads_a_configuration(tmp_path, capsys):
     assert main(["plan", str(tmp_path), *size, "--memory", "1kB"]) == 2
     assert main(["plan", str(tmp_path)]) == 2 and main(["plan", "nothing"]) == 2
     assert Accounting().optimizer == "adamw"
+
+
+def test_attention_is_counted_where_a_mask_is_among_what_a_block_is_given():
+    from entprog.meta import as_on
+
+    q, mask = (torch.randn(shape, device="meta", requires_grad=True) for shape in ((1, 2, 4, 8), (1, 1, 4, 4)))
+    with as_on("cuda"):
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+    assert out.requires_grad and out.shape == q.shape
