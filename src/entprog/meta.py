@@ -56,11 +56,10 @@ def _attention(
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # as torch does before the kernel
-    attn_mask = (
-        None if attn_mask is None else attn_mask.detach()
-    )  # given, never trained: the kernel has no gradient of it
+    if attn_mask is not None:
+        attn_mask = attn_mask.detach()  # given, never trained: the kernel has no gradient of it
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # as torch does before the kernel
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
 

@@ -217,7 +217,8 @@ def gain(
     what is batch i's own; so what is held does not grow with the number of batches. ValueError with fewer than two.
     """
     fn = _needs(loss_fn, "gain")
-    kept, count = batches if isinstance(batches, HostBatches) else list(parallel.in_step(model, batches)), 0
+    kept = batches if isinstance(batches, HostBatches) else list(parallel.in_step(model, batches))
+    count = 0
     sums: list[list[tuple[Tensor, Tensor]]] = []
     for seed, batch in enumerate(parallel.in_step(model, kept)):
         count += 1

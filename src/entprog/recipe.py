@@ -27,7 +27,7 @@ from entprog.config import RunConfig, make_config, read_yaml
 from entprog.data.batches import load_data
 from entprog.data.cache import Stored
 from entprog.data.pose import draw_skeleton
-from entprog.data.prepared import SPLITS, Prepared, is_prepared, read_about, stored_size
+from entprog.data.prepared import SPLITS, Prepared, is_prepared, read_about, spread_evenly, stored_size
 from entprog.data.video import write_png, write_webp
 from entprog.measure import best_device
 from entprog.models.autoencoder import latent_places
@@ -239,13 +239,13 @@ def prepare_data(recipe: Recipe, on_progress: OnProgress) -> None:
     ValueError for a folder of other rendered people than the recipe's, and for an interrupted one of videos.
     """
     folder, people = Path(recipe.data), dict(recipe.people)
-    rendered = is_prepared(folder) and read_about(folder, finished=False).get("kind") == "rendered"
-    if is_prepared(folder) and not (rendered and people):
-        read_about(folder)
+    about = read_about(folder, finished=False) if is_prepared(folder) else None
+    if about is not None and not (people and about.get("kind") == "rendered"):
+        read_about(folder)  # refuses what was interrupted
         return
     if not people:
         raise ValueError(f"{recipe.data} is not prepared and the recipe has no people to render: run entprog prepare")
-    if not rendered or "split_hash" not in read_about(folder, finished=False):
+    if about is None or "split_hash" not in about:
         from entprog.data.rendered import render_people
 
         render_people(
@@ -350,8 +350,7 @@ def _keep_to_look_at(folder: Path, strategy: str, videos: Mapping[str, Tensor], 
     """Write some clips as NNN_{reference,pose,truth,STRATEGY} for the report."""
     folder.mkdir(exist_ok=True)
     fps = prepared.records[0]["fps"]
-    count = min(8, len(prepared))
-    for i in (j * len(prepared) // count for j in range(count)):
+    for i in spread_evenly(len(prepared), 8):
         clip = {k: v[0] for k, v in prepared.rows([i], ["video", "keypoints", "reference"]).items()}
         height, width = clip["video"].shape[-2:]
         write_png(folder / f"{i:03d}_reference.png", clip["reference"] / 127.5 - 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from entprog.data.cache import Column, Stored, load_split, take
-from entprog.data.prepared import is_prepared
+from entprog.data.prepared import is_prepared, spread_evenly
 from entprog.data.synthetic import figures
 from entprog.measure import best_device
 from entprog.models.wan import is_pipeline
@@ -212,5 +212,5 @@ def load_data(
         config.data, split=split, size=config.size, frames=config.frames, stride=config.frame_stride
     )
     count = len(clips["video"])
-    rows = range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
-    return {k: v[list(rows)] for k, v in clips.items() if isinstance(v, Tensor)}, errors
+    rows = spread_evenly(count, limit or count)
+    return {k: v[rows] for k, v in clips.items() if isinstance(v, Tensor)}, errors

@@ -213,8 +213,13 @@ def read_about(folder: str | Path, *, finished: bool = True) -> dict[str, Any]:
 
 def stored_size(folder: str | Path) -> int | None:
     """Return the `size` that a folder was prepared with, None for one that is not prepared or does not say."""
-    size = json.loads((Path(folder) / "dataset.json").read_text()).get("size") if is_prepared(folder) else None
+    size = read_about(folder, finished=False).get("size") if is_prepared(folder) else None
     return size if isinstance(size, int) else None
+
+
+def spread_evenly(count: int, limit: int) -> list[int]:
+    """Return at most `limit` of the rows 0 .. count - 1, spread evenly."""
+    return [i * count // limit for i in range(limit)] if limit < count else list(range(count))
 
 
 class Prepared:
@@ -234,8 +239,8 @@ class Prepared:
             raise ValueError(
                 f"{folder} has no clip of split {split!r}: choose one of {sorted({r['split'] for r in self.every})}"
             )
-        if limit is not None and limit < len(self.records):
-            self.records = [self.records[i * len(self.records) // limit] for i in range(limit)]
+        if limit is not None:
+            self.records = [self.records[i] for i in spread_evenly(len(self.records), limit)]
         self._open: dict[Path, Any] = {}
 
     def __len__(self) -> int:
