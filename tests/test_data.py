@@ -118,6 +118,17 @@ def test_conditions_are_dropped_at_the_asked_rate():
         assert 0.2 < sum(condition not in k for k in kept) / 300 < 0.4
 
 
+def test_batches_share_the_noise_of_a_clip_s_frames():
+    data = figures(4, size=8, frames=3)
+    for noise in (
+        batch_at(data, 0, batch_size=4, seed=0, shared_noise=1.0)["noise"],
+        fixed_batches(data, batch_size=4, shared_noise=1.0)[0]["noise"],
+    ):
+        assert torch.equal(noise[:, :, :1].expand_as(noise), noise) and not torch.equal(noise[0], noise[1])
+    own, plain = (batch_at(data, 0, batch_size=4, seed=0, **more)["noise"] for more in ({"shared_noise": 0.0}, {}))
+    assert torch.equal(own, plain)
+
+
 def test_held_out_times_are_spread_evenly():
     batches = fixed_batches(figures(8, size=8, frames=1), batch_size=3)
     t = torch.cat([b["t"] for b in batches])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from entprog.objective import OBJECTIVES
+from entprog.objective import OBJECTIVES, frame_noise
 from entprog.sample import SAMPLERS, _step, sample, windows
 
 
@@ -32,6 +32,43 @@ def test_flow_target_is_noise_minus_data():
 def test_one_time_per_sample_is_required():
     with pytest.raises(ValueError, match=r"t must have shape \(4,\)"):
         OBJECTIVES["epsilon"].noisy(torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(1))
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.3, 0.9, 1.0])
+def test_frames_share_as_much_noise_as_asked(shared):
+    noise = frame_noise((64, 4, 3, 8, 8), shared, torch.Generator().manual_seed(0))
+    assert abs(noise.var().item() - 1) < 0.03 and abs(noise.mean().item()) < 0.03
+    flat = noise.transpose(0, 2).flatten(1)  # (frames, values)
+    assert torch.allclose(torch.corrcoef(flat), (1 - shared) * torch.eye(3) + shared, atol=0.03)
+    clips = torch.corrcoef(noise.flatten(1))
+    assert clips.fill_diagonal_(0).abs().max() < 0.4, "clips share nothing"
+
+
+def test_noise_that_is_not_shared_is_plain():
+    plain = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(frame_noise((2, 3, 4, 5, 5), 0.0, torch.Generator().manual_seed(3)), plain)
+    with pytest.raises(ValueError, match=r"shared_noise 1\.5"):
+        frame_noise((1, 1, 1, 1, 1), 1.5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samples_from_noise_that_all_frames_share_stand_still(sampler):
+    class Blind(torch.nn.Module):
+        """Predicts from each frame alone, so frames differ only by their noise."""
+
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x_t, t):
+            return 0.3 * x_t
+
+    def drawn(shared_noise):
+        objective = OBJECTIVES["flow_prediction"]
+        return sample(Blind(), objective, {}, (2, 3, 4, 5, 5), sampler=sampler, shared_noise=shared_noise)
+
+    still, half, own = (drawn(share).diff(dim=2).abs().mean().item() for share in (1.0, 0.5, 0.0))
+    assert still < 1e-6 < half < own
 
 
 class Oracle(torch.nn.Module):

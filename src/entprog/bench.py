@@ -103,6 +103,7 @@ def sample_clips(
             sampler=config.sampler,
             window=config.frames,
             overlap=config.frames // 2 if overlap is None else overlap,
+            shared_noise=config.sample_shared_noise,
             seed=config.seed,
             on_step=on_step,
         )

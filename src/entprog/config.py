@@ -94,6 +94,7 @@ class RunConfig:
     joint_dropout: Share = 0.0  # of all conditions at once
     person_weight: NotNegative = 1.0  # of the loss where a person is, the background having 1; needs prepared data
     face_weight: NotNegative = 1.0  # where a face is, times as much again as the rest of the person
+    shared_noise: Share = 0.0  # of its variance, by a clip's frames, in training
     ema_decay: Share = 0.0  # 0: no average is kept; with max_memory it lies in the host's memory
     # YAML reads a bare no as False
     mixed_precision: Annotated[Literal["no", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
@@ -106,6 +107,7 @@ class RunConfig:
     sampler: str = "ddim"  # a row of SAMPLERS
     guided: tuple[Literal["pose", "reference"], ...] = ("reference",)  # what guidance moves away from lacking
     num_inference_steps: Count = 12
+    sample_shared_noise: Share = 0.0  # of the noise that samples begin with: the more, the steadier
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:

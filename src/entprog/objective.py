@@ -12,7 +12,7 @@ An objective knows nothing of blocks, models or optimizers. Letters: B samples, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,22 @@ def shifted(u: Tensor, shift: float = 1.0, between: tuple[float, float] = (0.0, 
     low, high = (time / (shift - (shift - 1) * time) for time in between)
     v = low + (high - low) * u
     return shift * v / (1 + (shift - 1) * v)
+
+
+def frame_noise(shape: Sequence[int], shared: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+    """Return standard normal noise (B, C, F, H, W) in which a clip's frames share a part of their variance.
+
+    noise_f = sqrt(1 - shared) own_f + sqrt(shared) common, the mixed noise of PYoCo (arXiv 2305.10474, equation 3):
+    what is common to all frames cannot make them flicker. Each frame's own is drawn first, so `shared` 0 is
+    `torch.randn` to the bit. ValueError for a share outside 0 .. 1.
+    """
+    if not 0 <= shared <= 1:
+        raise ValueError(f"shared_noise {shared} is a share of the noise's variance: choose one from 0 to 1")
+    own = torch.randn(*shape, generator=generator)
+    if not shared:
+        return own
+    common = torch.randn(*shape[:2], 1, *shape[3:], generator=generator)
+    return (1 - shared) ** 0.5 * own + shared**0.5 * common
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from entprog.blocks import evaluating
 from entprog.models.pretrained import conditioned
-from entprog.objective import Objective
+from entprog.objective import Objective, frame_noise
 
 SAMPLERS: dict[str, float] = {"ddim": 0.0, "euler": 0.0, "ddpm": 1.0}
 FRAMED = ("pose",)  # conditions with frames, cut to the window
@@ -61,6 +61,7 @@ def sample(
     sampler: str = "ddim",
     window: int | None = None,
     overlap: int = 0,
+    shared_noise: float = 0.0,
     seed: int = 0,
     on_step: Callable[[int], Any] | None = None,
 ) -> Tensor:
@@ -68,7 +69,8 @@ def sample(
 
     guidance_scale w > 1 moves the prediction away from the one without the `guided` conditions,
     prediction = without + w (with - without), at twice the cost. With `window`, F may be larger than what the model
-    was trained on: at every step the predictions of overlapping windows are cross-faded. ValueError for a condition
+    was trained on: at every step the predictions of overlapping windows are cross-faded. `shared_noise` is that of
+    `frame_noise`: the more of it, the steadier the video. ValueError for a condition
     that is not given, for an unknown sampler and for fewer than one step.
     """
     guided = (guided,) if isinstance(guided, str) else tuple(guided)
@@ -81,7 +83,7 @@ def sample(
     eta = SAMPLERS[sampler]
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator).to(device)
+    x = frame_noise(shape, shared_noise, generator).to(device)
     parts = windows(shape[2], window or shape[2], overlap)
     times = torch.linspace(objective.start, 0, num_inference_steps + 1).tolist()
     without = {k: v for k, v in conditions.items() if k not in guided}
@@ -105,7 +107,7 @@ def sample(
                 free = predicted(x, now, without)
                 prediction = free + guidance_scale * (prediction - free)
             x0, noise = objective.ends(prediction, x, now)
-            fresh = torch.randn(shape, generator=generator).to(device) if eta else torch.zeros(())
+            fresh = frame_noise(shape, shared_noise, generator).to(device) if eta else torch.zeros(())
             x = _step(objective, x0, noise, now, then, eta, fresh)
             if on_step is not None:
                 on_step(i)

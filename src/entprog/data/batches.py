@@ -18,6 +18,7 @@ from entprog.data.prepared import is_prepared, spread_evenly
 from entprog.data.synthetic import figures
 from entprog.measure import best_device
 from entprog.models.wan import is_pipeline
+from entprog.objective import frame_noise
 
 if TYPE_CHECKING:
     from entprog.config import RunConfig
@@ -107,15 +108,16 @@ def batch_at(
     joint_dropout: float = 0.0,
     frames: int | None = None,
     conditions: Sequence[str] | None = None,
+    shared_noise: float = 0.0,
     share: tuple[int, int] = (0, 1),
 ) -> Batch:
     """Return the batch at a position of an endless, shuffled stream; t is uniform in [0, 1].
 
     Every clip comes once per epoch, with `frames` frames from a random place of it; clips of different shapes never
     share a batch, and what does not fill one sits the epoch out. With `condition_dropout` each
-    condition is left out of a batch with that probability, with `joint_dropout` all of them at once. `share` (i, n)
-    makes only the i-th of n equal parts of the batch. ValueError if the data hold fewer clips than a batch, or clips
-    fewer frames, or the batch has no n equal parts.
+    condition is left out of a batch with that probability, with `joint_dropout` all of them at once. `shared_noise` is
+    that of `frame_noise`. `share` (i, n) makes only the i-th of n equal parts of the batch. ValueError if the data
+    hold fewer clips than a batch, or clips fewer frames, or the batch has no n equal parts.
     """
     if batch_size % share[1]:
         raise ValueError(f"a batch of {batch_size} has no {share[1]} equal parts: choose a multiple for batch_size")
@@ -128,7 +130,7 @@ def batch_at(
     batch = {k: take(data[k], k, rows, windows) for k in _columns(data, conditions)}
     generator = _generator(seed, 2, position)
     batch["t"] = torch.rand(batch_size, generator=generator)[mine]
-    batch["noise"] = torch.randn((batch_size, *batch["video"].shape[1:]), generator=generator)[mine]
+    batch["noise"] = frame_noise((batch_size, *batch["video"].shape[1:]), shared_noise, generator)[mine]
     droppable = list(dict.fromkeys((*CONDITIONS, *(conditions or ()))))
     dropped = [c for c in droppable if torch.rand((), generator=generator) < condition_dropout]
     if joint_dropout and torch.rand((), generator=generator) < joint_dropout:
@@ -146,6 +148,7 @@ def fixed_batches(
     seed: int = 0,
     frames: int | None = None,
     conditions: Sequence[str] | None = None,
+    shared_noise: float = 0.0,
     draws: int = 1,
 ) -> list[Batch]:
     """Return all clips in order with fixed noise and times spread evenly over (0, 1), for held-out losses.
@@ -154,13 +157,14 @@ def fixed_batches(
     Clips of different shapes come bucket by bucket.
     """
     if len(buckets := _buckets(data)) > 1:
-        own = {"batch_size": batch_size, "seed": seed, "frames": frames, "conditions": conditions, "draws": draws}
+        own = {"batch_size": batch_size, "seed": seed, "frames": frames, "conditions": conditions,
+               "shared_noise": shared_noise, "draws": draws}  # fmt: skip
         return [batch for bucket in buckets for batch in fixed_batches(_part(data, bucket), **own)]  # type: ignore[arg-type]
     clips, spare = len(data["video"]), _spare(data, frames)
     count = clips * draws
     generator = _generator(seed, 3)
     t = (torch.randperm(count, generator=generator) + 0.5) / count
-    noise = torch.randn((count, *_one(data, frames)), generator=generator)
+    noise = frame_noise((count, *_one(data, frames)), shared_noise, generator)
     starts = [round(spare * ((i * 0.618) % 1)) for i in range(count)]
     batches = []
     for first in range(0, count, batch_size):

@@ -162,10 +162,11 @@ def model_of(config: "RunConfig") -> nn.Module:
 
 
 def batch_settings(config: "RunConfig") -> dict[str, Any]:
-    """Return which frames and conditions a run's batches have, as keywords of data/batches.py."""
+    """Return which frames, conditions and noise a run's batches have, as keywords of data/batches.py."""
     family = family_of(config)
     conditions = config.conditions if family.conditions is None else family.conditions
-    return {"frames": config.frames if family.cuts else None, "conditions": conditions}
+    frames = config.frames if family.cuts else None
+    return {"frames": frames, "conditions": conditions, "shared_noise": config.shared_noise}
 
 
 def predict_and_loss(config: "RunConfig") -> tuple[Predict, Callable[[nn.Module, Batch], Tensor]]:

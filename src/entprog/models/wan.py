@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 TOKENS = 512  # of a prompt, the default of every pipeline's call
 # What a run of a pipeline folder leaves at its default: the folder and the prepared clips say it.
 SETTLED = ("objective", "autoencoder", "conditions", "candidates", "size", "frames", "frame_stride", "patch_size",
-           "person_weight", "face_weight", "joint_dropout", "sampler", "guided", "domain", "clips")  # fmt: skip
+           "person_weight", "face_weight", "joint_dropout", "sample_shared_noise",
+           "sampler", "guided", "domain", "clips")  # fmt: skip
 
 
 @dataclass(frozen=True)
