@@ -32,7 +32,7 @@ from entprog.measure import count_flops, now, saved_bytes
 from entprog.metrics.frame import psnr, ssim
 from entprog.metrics.protocol import bootstrap_interval
 from entprog.models.autoencoder import Autoencoder
-from entprog.models.pretrained import model_of
+from entprog.models.pretrained import model_of, precision
 from entprog.models.wan import is_pipeline
 from entprog.modes import LossFn, preserved, set_active
 from entprog.objective import OBJECTIVES
@@ -90,8 +90,7 @@ def sample_clips(
     """
     device = next(model.parameters()).device
     names = ("pose", "reference", "reference_pose")
-    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
-    with torch.autocast(device.type, precision, enabled=precision is not None):  # as it was trained
+    with precision(config, device):  # as it was trained
         drawn = sample(
             model,
             OBJECTIVES[config.objective],

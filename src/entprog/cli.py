@@ -165,8 +165,9 @@ def _score(args: argparse.Namespace) -> None:
     import json
 
     from entprog.blocks import find_blocks, record_example
-    from entprog.data.batches import fixed_batches, load_data
+    from entprog.data.batches import fixed_batches, load_data, to_device
     from entprog.layouts import FILTERS, layer_filter
+    from entprog.measure import best_device
     from entprog.models.pretrained import batch_settings, model_of, predict_and_loss
     from entprog.priority import lookup, score
 
@@ -178,11 +179,12 @@ def _score(args: argparse.Namespace) -> None:
     else:
         given = {k: yaml.safe_load(v) for k, _, v in (o.partition("=") for o in overrides)}
         config = make_config({"steps": 1} | given)
-    model = model_of(config)
+    device = best_device()
+    model = model_of(config).to(device)
     data, _ = load_data(replace(config, clips=args.samples), "train")
     data = {k: v[: args.samples] for k, v in data.items()}
     settings = batch_settings(config)
-    batches = fixed_batches(data, batch_size=config.batch_size, **settings)
+    batches = [to_device(b, device) for b in fixed_batches(data, batch_size=config.batch_size, **settings)]
     predict, loss = predict_and_loss(config)
     blocks = find_blocks(model, record_example(model, lambda: predict(model, batches[0])))
     if args.conditions:

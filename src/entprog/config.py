@@ -67,6 +67,7 @@ class RunConfig:
     token_frames: Literal["first", "strided"] = "first"  # which ones: the first of a clip, or every n-th
     token_positions: Literal["scaled", "kept"] = "scaled"  # over the whole grid, or as of a smaller one; PoseDiT's
     max_memory: str | int | float | None = None  # what training may hold, as 24GiB; None: no limit
+    checkpointing: Literal["none", "block", "parts"] = "none"  # of activations; with max_memory as it needs it
     lora_rank: Count = 8
     # on what
     data: str = "figures"  # "figures": drawn; else a prepared folder, or one with a manifest.jsonl
@@ -133,6 +134,11 @@ class RunConfig:
 
     def _check_memory(self) -> None:
         parse_bytes(self.max_memory)  # type: ignore[arg-type]
+        if self.checkpointing != "none":
+            raise ValueError(
+                f"max_memory checkpoints blocks where it must, checkpointing {self.checkpointing!r} all of them: leave "
+                "one of them out"
+            )
         if STRATEGIES[self.strategy]() is None:
             raise ValueError(
                 f"max_memory chooses which blocks train, and {self.strategy!r} trains the same ones throughout: "

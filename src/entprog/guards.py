@@ -47,6 +47,16 @@ def check_inputs(clock: str, total_steps: int, settings: "Progressive", shrink: 
         )
 
 
+def check_adapters(settings: "Progressive", blocks: Sequence[Block]) -> None:
+    """Refuse `adapters` where no block has any. ValueError with how to put them in."""
+    if settings.adapters and not any(b.adapters for b in blocks):
+        raise ValueError(
+            "adapters=True trains adapters beside frozen blocks, and no block has any: blocks = find_blocks(model, "
+            "example); add_adapters(model, blocks, rank) (entprog.strategy), then EntProg(..., blocks=blocks); or set "
+            "adapters to False"
+        )
+
+
 def check_settings(settings: "Progressive", saved: Mapping[str, Any]) -> None:
     """Refuse to go on with another setting than the saved one. ValueError with what differs."""
     mine, theirs = (json.loads(json.dumps(dict(s))) for s in (asdict(settings), saved))

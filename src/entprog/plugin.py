@@ -22,6 +22,7 @@ from entprog.cei import Scores
 from entprog.cost import StepCost
 from entprog.guards import (
     candidate_names,
+    check_adapters,
     check_inputs,
     check_settings,
     check_shrunk,
@@ -110,6 +111,7 @@ class EntProg:
         parallel.prepared(model, blocks, self._try)
         self.blocks = list(blocks) if blocks is not None else find_blocks(model, record_example(model, self._try))
         self.candidates = candidate_names(self.blocks, candidates)
+        check_adapters(self.settings, self.blocks)
         cut = self.settings.frozen == "bypass_attn"
         self.able = find_attention(self.blocks, self._try) if cut else [b.name for b in self.blocks]  # to be bypassed
         self.new = tuple(always)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from entprog import memory
 from entprog.blocks import find_blocks, record_example
 from entprog.checkpoint import RunLog, load_checkpoint, named_state, put_back, save_checkpoint, write_results
+from entprog.checkpointing import checkpoint_blocks
 from entprog.config import RunConfig, check_same
 from entprog.cost import MODEL_CLOCK_FLOPS
 from entprog.data.batches import Batch, Data, batch_at, fixed_batches, to_device
@@ -67,7 +68,7 @@ class Trainer:
         self.share = (self.accelerator.process_index, self.accelerator.num_processes)
         self.on_progress = on_progress or (lambda info: None)
         self.settings = batch_settings(config)
-        self.predict, self.loss_fn = (self._autocast(function) for function in predict_and_loss(config))
+        self.predict, self.loss_fn = predict_and_loss(config)
         self.device = self.accelerator.device
         self.model = model.to(self.device).train()
         self.held_out = self._fixed(held_out)
@@ -76,6 +77,8 @@ class Trainer:
         self.blocks = find_blocks(model, record_example(model, lambda: self.loss_fn(model, self.held_out[0])))
         self.candidates = candidate_blocks(self.blocks, config.candidates)
         self.wrapped = self._prepare()
+        if config.checkpointing != "none":
+            checkpoint_blocks(self.blocks, config.checkpointing, model=model)
         if self.accelerator.num_processes > 1:
             data_parallel(self.wrapped)
         self.optimizer = torch.optim.AdamW(  # fused: one pass over each tensor instead of twelve
@@ -134,15 +137,6 @@ class Trainer:
     def position(self) -> int:
         """Return the next place in the stream of batches: steps of the loop and steps kept from searches."""
         return self.step + (self.prog.search_steps if self.prog else 0)
-
-    def _autocast(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Let training, scoring and searching run in the same precision."""
-
-        def run(model: nn.Module, batch: Batch) -> Tensor:
-            with self.accelerator.autocast():
-                return function(model, batch)
-
-        return run
 
     def _batch(self, position: int, complete: bool = False) -> Batch:
         config = self.config

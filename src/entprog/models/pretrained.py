@@ -169,12 +169,25 @@ def batch_settings(config: "RunConfig") -> dict[str, Any]:
     return {"frames": frames, "conditions": conditions, "shared_noise": config.shared_noise}
 
 
+def precision(config: "RunConfig", device: torch.device) -> torch.autocast:
+    """Return the autocast in which a run's model is called on a device."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
+
+
 def predict_and_loss(config: "RunConfig") -> tuple[Predict, Callable[[nn.Module, Batch], Tensor]]:
-    """Return the functions predict(model, batch) and loss(model, batch), (B,), that a configuration asks for."""
+    """Return predict(model, batch) and loss(model, batch), (B,), as a configuration asks for, in its precision."""
     family, objective = family_of(config), OBJECTIVES[config.objective]
     ways: dict[str, Any] = {"call": family.call(config), "times": family.times(config)}
+
+    def in_precision(function: Callable[..., Tensor]) -> Callable[[nn.Module, Batch], Tensor]:
+        def run(model: nn.Module, batch: Batch) -> Tensor:
+            with precision(config, batch["video"].device):
+                return function(model, batch)
+
+        return run
+
     loss = loss_fn(objective, config.person_weight, config.face_weight, **ways)
-    return predict_fn(objective, **ways), loss
+    return in_precision(predict_fn(objective, **ways)), in_precision(loss)
 
 
 def predict_fn(
