@@ -6,7 +6,7 @@ python examples/accelerate_loop.py
 window it changes nothing. `backward` tells searches how the loop makes gradients: loss scaling and clipping included.
 """
 
-from itertools import cycle, islice
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -21,8 +21,14 @@ model = WanTransformer3DModel(
     patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
     freq_dim=32, ffn_dim=48, num_layers=4, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
 ).to(accelerator.device)  # fmt: skip
-clips = [{"latents": torch.randn(4, 3, 8, 8), "text": torch.randn(6, 16)} for _ in range(16)]
-loader = torch.utils.data.DataLoader(clips, batch_size=2, shuffle=True)
+clips = [{"latents": torch.randn(4, 3, 8, 8), "text": torch.randn(6, 16)} for _ in range(18)]
+held_out = next(iter(torch.utils.data.DataLoader(clips[:2], batch_size=2)))
+loader = torch.utils.data.DataLoader(clips[2:], batch_size=2, shuffle=True)
+
+
+def endless(loader):
+    while True:
+        yield from loader  # itertools.cycle would keep every batch, and repeat the first epoch's order
 
 
 def loss_fn(model, batch):
@@ -39,13 +45,13 @@ def backward(loss):
 
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-held_out = {k: v.to(accelerator.device) for k, v in next(iter(loader)).items()}
+held_out = {k: v.to(accelerator.device) for k, v in held_out.items()}
 prog = entprog.EntProg(model, loss_fn, held_out=held_out, train_batches=lambda: iter(loader), total_steps=STEPS,
                        backward=backward)  # fmt: skip
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)  # after EntProg, which takes the bare model
 
 step = 0
-for batch in islice(cycle(loader), STEPS * WINDOW):
+for batch in islice(endless(loader), STEPS * WINDOW):
     prog.step(step, optimizer)
     with accelerator.accumulate(model):
         loss = loss_fn(model, batch)

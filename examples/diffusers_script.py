@@ -7,7 +7,7 @@ parameter that is frozen at a step, so entprog's `Ema`, which averages what trai
 checkpointing has to be the non-reentrant kind, which `enable_gradient_checkpointing()` is.
 """
 
-from itertools import cycle, islice
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -27,8 +27,14 @@ unet = UNetMotionModel(
 ).to(accelerator.device)  # fmt: skip
 unet.enable_gradient_checkpointing()
 noise_scheduler = DDPMScheduler()
-clips = [{"latents": torch.randn(4, 3, 8, 8), "text": torch.randn(6, 16)} for _ in range(8)]
-loader = torch.utils.data.DataLoader(clips, batch_size=2)
+clips = [{"latents": torch.randn(4, 3, 8, 8), "text": torch.randn(6, 16)} for _ in range(10)]
+held_out = next(iter(torch.utils.data.DataLoader(clips[:2], batch_size=2)))
+loader = torch.utils.data.DataLoader(clips[2:], batch_size=2, shuffle=True)
+
+
+def endless(loader):
+    while True:
+        yield from loader  # itertools.cycle would keep every batch, and repeat the first epoch's order
 
 
 def loss_fn(unet, batch):
@@ -40,13 +46,13 @@ def loss_fn(unet, batch):
 
 
 optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
-held_out = {k: v.to(accelerator.device) for k, v in next(iter(loader)).items()}
+held_out = {k: v.to(accelerator.device) for k, v in held_out.items()}
 prog = entprog.EntProg(unet, loss_fn, held_out=held_out, train_batches=lambda: iter(loader), total_steps=STEPS)
 unet, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
 lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=STEPS)
 ema = Ema(unet, decay=0.99)
 
-for global_step, batch in enumerate(islice(cycle(loader), STEPS)):
+for global_step, batch in enumerate(islice(endless(loader), STEPS)):
     prog.step(global_step, optimizer)
     loss = loss_fn(unet, batch)
     accelerator.backward(loss)

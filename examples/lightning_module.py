@@ -14,8 +14,9 @@ from diffusers import WanTransformer3DModel
 import entprog
 
 torch.manual_seed(0)
-clips = [{"latents": torch.randn(4, 3, 8, 8), "text": torch.randn(6, 16)} for _ in range(24)]
-loader = torch.utils.data.DataLoader(clips, batch_size=2)
+clips = [{"latents": torch.randn(4, 3, 8, 8), "text": torch.randn(6, 16)} for _ in range(26)]
+held_out = next(iter(torch.utils.data.DataLoader(clips[:2], batch_size=2)))
+loader = torch.utils.data.DataLoader(clips[2:], batch_size=2)
 
 
 def loss_fn(model, batch):
@@ -38,9 +39,13 @@ class VideoModel(lightning.LightningModule):
         return torch.optim.AdamW(self.model.parameters(), lr=1e-3)
 
     def on_fit_start(self):
-        batches = [self.transfer_batch_to_device(b, self.device, 0) for b in loader]
-        self.prog = entprog.EntProg(self.model, loss_fn, held_out=batches[0], train_batches=lambda: iter(batches),
-                                    total_steps=self.trainer.estimated_stepping_batches)  # fmt: skip
+        def moved(batch):
+            return self.transfer_batch_to_device(batch, self.device, 0)
+
+        self.prog = entprog.EntProg(
+            self.model, loss_fn, held_out=moved(held_out), train_batches=lambda: map(moved, loader),
+            total_steps=self.trainer.estimated_stepping_batches,
+        )  # fmt: skip
 
     def on_train_batch_start(self, batch, batch_idx):
         if self.global_step != self.prog.last_step:  # not inside an accumulation window

@@ -15,7 +15,8 @@ model = WanTransformer3DModel(
     patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16,
     freq_dim=32, ffn_dim=96, num_layers=6, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
 )  # fmt: skip
-data = [{"latents": torch.randn(2, 4, 3, 8, 8), "text": torch.randn(2, 6, 16)} for _ in range(8)]
+batches = [{"latents": torch.randn(2, 4, 3, 8, 8), "text": torch.randn(2, 6, 16)} for _ in range(10)]
+held_out, data = batches[:2], batches[2:]
 loader = islice(cycle(data), 60)
 
 
@@ -27,7 +28,7 @@ def loss_fn(model, batch):
 
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-prog = entprog.EntProg(model, loss_fn, held_out=data[:2], train_batches=lambda: cycle(data), total_steps=60)  # +
+prog = entprog.EntProg(model, loss_fn, held_out=held_out, train_batches=lambda: cycle(data), total_steps=60)  # +
 for step, batch in enumerate(loader):
     prog.step(step, optimizer)  # +
     loss = loss_fn(model, batch)

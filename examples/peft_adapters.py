@@ -25,7 +25,8 @@ model = WanTransformer3DModel(
     freq_dim=32, ffn_dim=48, num_layers=4, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
 )  # fmt: skip
 model = get_peft_model(model, LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"]))
-data = [{"latents": torch.randn(2, 4, 3, 8, 8), "text": torch.randn(2, 6, 16)} for _ in range(4)]
+batches = [{"latents": torch.randn(2, 4, 3, 8, 8), "text": torch.randn(2, 6, 16)} for _ in range(6)]
+held_out, data = batches[:2], batches[2:]
 
 
 def loss_fn(model, batch):
@@ -36,7 +37,7 @@ def loss_fn(model, batch):
 
 
 optimizer = AdamW(model.parameters(), lr=1e-3)
-prog = entprog.EntProg(model, loss_fn, held_out=data[:2], train_batches=lambda: cycle(data), total_steps=12)
+prog = entprog.EntProg(model, loss_fn, held_out=held_out, train_batches=lambda: cycle(data), total_steps=12)
 for step, batch in enumerate(islice(cycle(data), 12)):
     prog.step(step, optimizer)
     loss = loss_fn(model, batch)

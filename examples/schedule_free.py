@@ -21,7 +21,8 @@ model = WanTransformer3DModel(
     patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
     freq_dim=32, ffn_dim=48, num_layers=4, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
 )  # fmt: skip
-data = [{"latents": torch.randn(2, 4, 3, 8, 8), "text": torch.randn(2, 6, 16)} for _ in range(4)]
+batches = [{"latents": torch.randn(2, 4, 3, 8, 8), "text": torch.randn(2, 6, 16)} for _ in range(6)]
+held_out, data = batches[:2], batches[2:]
 
 
 def loss_fn(model, batch):
@@ -35,7 +36,7 @@ blocks = entprog.find_blocks(model)
 inside = {p for block in blocks for p in block.parameters()}
 groups = [block.parameters() for block in blocks] + [[p for p in model.parameters() if p not in inside]]
 optimizer = schedulefree.AdamWScheduleFree([{"params": group} for group in groups], lr=1e-3)
-prog = entprog.EntProg(model, loss_fn, held_out=data[:2], train_batches=lambda: cycle(data), total_steps=12)
+prog = entprog.EntProg(model, loss_fn, held_out=held_out, train_batches=lambda: cycle(data), total_steps=12)
 optimizer.train()
 for step, batch in enumerate(islice(cycle(data), 12)):
     prog.step(step, optimizer)

@@ -85,6 +85,11 @@ def test_a_run_is_drawn_and_scored(folder, tmp_path, monkeypatch, capsys):
     sample = ["sample", str(run), "--clips", "2", "--pose-from", "clip-13", "--out", str(tmp_path / "s.mp4")]
     assert main(sample) == 0 and (tmp_path / "s.mp4").stat().st_size > 500
     assert main([*sample[:5], "nobody"]) == 2
+    each = tmp_path / "each"
+    assert main(["sample", str(run), "--clips", "2", "--frames", "6", "--each", str(each)]) == 0
+    assert main(["evaluate", str(each), "--reference", str(folder), "--networks"]) == 0
+    alone = json.loads((each / "evaluation-test.json").read_text())
+    assert alone["ids"] == sorted(p.stem for p in each.glob("*.mp4")) and len(alone["ids"]) == 2
 
     drawn = []  # more clips than the run held out are there, and are drawn; more frames are not
     monkeypatch.setattr("entprog.data.video.write_mp4", lambda path, wall, fps, upscale: drawn.append(wall.shape))

@@ -123,6 +123,11 @@ def test_named_new_modules_train_throughout_and_frozen_ones_are_never_enabled():
         loop(model, inputs, settings, always=["pose_encoder"])
 
 
+def test_adapters_that_nobody_put_in_are_refused():
+    with pytest.raises(ValueError, match="add_adapters"):
+        loop(Plain(), {"x": torch.randn(4, 5, 8)}, Progressive(adapters=True, frozen="pass"))
+
+
 def test_repeating_a_step_changes_nothing_and_pending_gradients_are_refused():
     model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
     loss_fn = trained_by(inputs)

@@ -68,6 +68,17 @@ def test_two_fresh_runs_are_bit_identical_and_the_model_loads(name, tmp_path):
     assert results["peak_bytes"] > 0 and len(results["curve"]) == 3
 
 
+@pytest.mark.parametrize("strategy", ["full", "lora", "ent-prog"])
+def test_checkpointing_keeps_less_and_changes_no_weight(strategy, tmp_path):
+    config = replace(TINY, strategy=strategy, steps=6, min_saving=0.0)
+    plain = make(config, tmp_path / "plain").run()
+    again = make(replace(config, checkpointing="block"), tmp_path / "again").run()
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "again"))
+    assert again["mean_bytes"] < plain["mean_bytes"]
+    with pytest.raises(ValueError, match="leave one of them out"):
+        replace(CASES["ent-prog"], checkpointing="block", max_memory="1GiB")
+
+
 class Killed(Exception):
     pass
 

@@ -301,8 +301,9 @@ def test_a_run_from_folder_to_video(kind, folders, data, tmp_path, monkeypatch):
     pipe.set_progress_bar_config(disable=True)
     frames = pipe("a person", height=32, width=32, num_frames=5, num_inference_steps=2, output_type="pt").frames
     assert frames.shape == (1, 5, 3, 32, 32) and frames.isfinite().all()
-    assert main(["sample", str(run), "--clips", "1", "--out", str(tmp_path / "s.mp4")]) == 0
-    assert (tmp_path / "s.mp4").stat().st_size > 500
+    each = ["--each", str(tmp_path / "each")]
+    assert main(["sample", str(run), "--clips", "1", "--out", str(tmp_path / "s.mp4"), *each]) == 0
+    assert (tmp_path / "s.mp4").stat().st_size > 500 and len(list((tmp_path / "each").glob("*.mp4"))) == 1
     assert main(["sample", str(run), "--pose-from", "clip-1"]) == 2
     assert main(["evaluate", str(run), "--networks"]) == 2  # of PoseDiT's runs only
     with pytest.raises(ValueError, match="not a PoseDiT"):

@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad input.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from entprog.cli_plan import add_plan
 from entprog.cli_prepare import add_prepare
-from entprog.config import load_config, make_config
+from entprog.config import RunConfig, load_config, make_config
 from entprog.packaged import PackagedFileError
 from entprog.tables import console, evaluation_table, progress_bar, results_table
 
@@ -258,6 +258,7 @@ def _sample(args: argparse.Namespace) -> None:
         raise ValueError("--frames, --pose-from and --overlap are for PoseDiT: a pipeline draws the clips as they are")
     model = nn.Module.to(wan.load(config, str(final)) if whole else load_model(str(final)), best_device())
     data, _ = load_data(config, "test")
+    names = _clip_names(config, data, args.clips) if args.each else []
     with console.status(f"sampling {args.clips} clips, {config.num_inference_steps} steps each"):
         if whole:
             drawn, truth, clips = draw_held_out(config, model, data, args.clips)
@@ -271,6 +272,10 @@ def _sample(args: argparse.Namespace) -> None:
     wall = torch.cat(list(columns), dim=-2)  # clips below each other
     out = Path(args.out or run / "samples.mp4")
     write_mp4(out, wall, args.fps, upscale=max(1, 128 // truth.shape[-1]))
+    for name, video in zip(names, drawn, strict=False):  # no names unless --each asks for them
+        path = Path(args.each) / f"{name}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_mp4(path, video, args.fps)
     if len(drawn) < args.clips:
         told = f"{len(drawn)} clips and not {args.clips}: there are no more held-out clips of the first one's shape"
         console.print(told, style="yellow", markup=False)
@@ -280,6 +285,14 @@ def _sample(args: argparse.Namespace) -> None:
     quality = frame_quality(drawn, truth)
     console.print(f"{out}: reference, pose, truth, sample; SSIM {quality['ssim']['mean']:.3f}, "
                   f"PSNR {quality['psnr']['mean']:.2f} dB", markup=False)  # fmt: skip
+
+
+def _clip_names(config: RunConfig, data: Mapping[str, Any], count: int) -> list[str]:
+    """Return the ids of the clips that are drawn first. ValueError for data whose clips have none."""
+    column = data["video"]
+    if not hasattr(column, "prepared"):
+        raise ValueError(f"--each names videos by the ids of prepared clips, and {config.data} is not prepared")
+    return [column.prepared.records[column.indices[row]]["id"] for row in column.first(count)]
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -363,6 +376,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--overlap", type=int, help="frames that the windows of a long clip share (default: half)")
     sample.add_argument("--fps", type=float, default=8.0)
     sample.add_argument("--out", help="mp4 file (default: RUN/samples.mp4)")
+    sample.add_argument("--each", metavar="DIR", help="also write every clip alone, as DIR/ID.mp4 for `evaluate`")
     sample.set_defaults(function=_sample)
     evaluate = commands.add_parser("evaluate", help="score a run's or anybody's videos of prepared clips")
     evaluate.add_argument("source", help="run folder, or a folder of ID.mp4")

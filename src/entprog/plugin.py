@@ -46,7 +46,7 @@ Decide = Callable[[str, Callable[[], Any]], Any]
 class EntProg:
     """Carry a Progressive setting out in somebody's training loop.
 
-        prog = EntProg(model, loss_fn, held_out=batch, train_batches=lambda: iter(loader), total_steps=20_000)
+        prog = EntProg(model, loss_fn, held_out=others, train_batches=lambda: iter(loader), total_steps=20_000)
         for step, batch in enumerate(loader):
             prog.step(step, optimizer)
             loss_fn(model, batch).backward(); optimizer.step(); optimizer.zero_grad(set_to_none=True)
