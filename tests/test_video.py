@@ -3,8 +3,10 @@
 import json
 import struct
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from entprog.config import make_config
 from entprog.data.batches import load_data
+from entprog.data.follow import sampled
 from entprog.data.pose import TO_COCO17, draw_skeleton
 from entprog.data.synthetic import figures
 from entprog.data.video import decode, load_clips, read_manifest, write_mp4, write_png, write_webp
@@ -118,6 +121,21 @@ def test_decode_turns_frames_as_a_player_does(tmp_path: Path) -> None:
     content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30)
     path.write_bytes(content)
     assert torch.equal(decode(path), upright.rot90(-1, (2, 3)))
+
+
+def test_pixels_that_are_not_square_are_refused(tmp_path: Path) -> None:
+    for ratio in (Fraction(4, 3), Fraction(1280, 1281)):
+        with av.open(str(tmp_path / "a.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=8)
+            stream.width = stream.height = 32
+            stream.codec_context.sample_aspect_ratio = ratio
+            container.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
+            container.mux(stream.encode())
+        if ratio > 1:
+            for read in (lambda: decode(tmp_path / "a.mp4"), lambda: list(sampled(tmp_path / "a.mp4", 8))):
+                with pytest.raises(ValueError, match=r"pixels of 4:3.*ffmpeg.*setsar=1"):
+                    read()
+    assert decode(tmp_path / "a.mp4").shape == (1, 3, 32, 32)  # all but square
 
 
 def test_clips_have_the_layout_of_synthetic_clips(tmp_path: Path) -> None:

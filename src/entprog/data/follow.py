@@ -15,6 +15,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from entprog.data.detect import Tracker
 from entprog.data.framing import body_scale, smooth_track
+from entprog.data.video import video_stream
 
 _LOOK_SIDE = 640  # pixels of the longer side in which the person is looked for
 _SHOT_SECONDS = 60  # references come from the same shot; longer ones are divided, which bounds the memory
@@ -38,15 +39,15 @@ class Track:
 def sampled(path: str | Path, fps: float) -> Iterator[tuple[av.VideoFrame, bool]]:
     """Yield the frame nearest to each of the times 0, 1/fps, 2/fps, ... and whether it is another than the last.
 
-    Times are the file's own stamps, so variable frame rates come out even. ValueError for a file without a video and
-    for damage that the decoder notices; av.FFmpegError and OSError for files that cannot be opened.
+    Times are the file's own stamps, so variable frame rates come out even. ValueError for a file without a video, for
+    pixels that are not square and for damage that the decoder notices; av.FFmpegError and OSError for files that cannot
+    be opened.
     """
     with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError(f"{path} has no video stream")
-        rate = float(container.streams.video[0].average_rate or 30)
+        stream = video_stream(container, path)
+        rate = float(stream.average_rate or 30)
         held, held_time, origin, count = None, 0.0, 0.0, 0
-        for number, frame in enumerate(container.decode(video=0)):
+        for number, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:  # the decoder painted over damage and hands out an invented frame
                 raise ValueError(f"frame {number} of {path} is corrupt")
             now = float(frame.time if frame.time is not None else number / rate)

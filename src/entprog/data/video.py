@@ -91,14 +91,26 @@ def _fit(image: Tensor, size: int) -> Tensor:
     return small[0].round().clamp(0, 255).to(torch.uint8)
 
 
+def video_stream(container: av.container.InputContainer, path: str | Path) -> av.VideoStream:
+    """Return the stream of a file that is read. ValueError if there is none, or if its pixels are not square."""
+    if not container.streams.video:
+        raise ValueError(f"{path} has no video stream")
+    stream = container.streams.video[0]
+    ratio = stream.sample_aspect_ratio or 1  # unknown is square
+    if abs(float(ratio) - 1) > 0.01:  # 1280:1281 and the like are what converters' rounding leaves
+        raise ValueError(
+            f"{path} has pixels of {ratio.numerator}:{ratio.denominator}, which would distort people: make them square "
+            'with ffmpeg -i IN -vf "scale=iw*sar:ih,setsar=1" OUT'
+        )
+    return stream
+
+
 def _read(path: Path, size: int | None, start: int, end: int | None) -> tuple[Tensor, int, tuple[int, int]]:
     """Decode a file once: the frames of [start, end), resized as they come; how many there are; their (h, w)."""
     kept, total, shapes = [], 0, set()
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} has no video stream")
-            for frame in container.decode(video=0):
+            for frame in container.decode(video_stream(container, path)):
                 if frame.is_corrupt:  # the decoder painted over damage and hands out an invented frame
                     raise ValueError(f"frame {total} of {path} is corrupt")
                 if start <= total and (end is None or total < end):
@@ -121,7 +133,7 @@ def decode(path: str | Path, *, size: int | None = None, start: int = 0, end: in
 
     With `size` they are centre-cropped to a square and resized (bilinear, antialiased) one by one. FileNotFoundError
     for a missing file; ValueError for one with damage that the decoder notices (it cannot notice all), without a
-    video, of changing size or without such frames.
+    video, of pixels that are not square, of changing size or without such frames.
     """
     return _read(Path(path), size, start, end)[0]
 
