@@ -36,7 +36,7 @@ from entprog.data.framing import (
     to_box,
 )
 from entprog.data.prepared import PreparedClip, ShardWriter, mended_lines
-from entprog.data.sources import Source, find_subjects, find_videos, split_sources, videos_called
+from entprog.data.sources import Source, find_subjects, find_videos, pose_folders, split_sources, videos_called
 
 _MOVED = 0.6  # what a reference counts whose box must be moved, compared to one in the window's own box
 
@@ -273,6 +273,10 @@ def prepare_videos(
     options = {"test_share": test_share, "test_subjects": test_subjects, "test_videos": test_videos}
     sources, said = split_sources(named, find_subjects(named, subject), seed=seed, **options)  # type: ignore[arg-type]
     alone = videos_called(named, test_videos)
+    said += [
+        f"{folder} was left out, its name says pose videos: rename it if it is footage"
+        for folder in pose_folders(videos)
+    ]
     for message in said:
         warnings.warn(message, stacklevel=2)
     about = {

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,10 @@ def find_videos(videos: str | Path | Sequence[str | Path]) -> dict[str, Path]:
     else:
         paths = [Path(video) for video in videos]
     if not paths:
-        raise ValueError(f"{videos} holds no video: give a folder with {', '.join(VIDEO_SUFFIXES)} files, or a list")
+        raise ValueError(
+            f"{videos} holds no video: give a folder with {', '.join(VIDEO_SUFFIXES)} files, or a list "
+            "(folders named like *_pose are left out)"
+        )
     root = Path(videos) if isinstance(videos, str | Path) and Path(videos).is_dir() else _common(paths)
     named: dict[str, Path] = {}
     for path in sorted(paths):
@@ -50,8 +53,28 @@ def find_videos(videos: str | Path | Sequence[str | Path]) -> dict[str, Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    every = (p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-    return [p for p in every if not any(_POSE_FOLDER.search(part) for part in p.relative_to(folder).parts[:-1])]
+    return [path for path, poses in _with_pose_folder(folder) if poses is None]
+
+
+def _with_pose_folder(folder: Path) -> Iterator[tuple[Path, Path | None]]:
+    """Yield every video below a folder, and its relative folder whose name says that it holds pose videos, or None."""
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            above = reversed(path.relative_to(folder).parents)
+            yield path, next((p for p in above if _POSE_FOLDER.search(p.name)), None)
+
+
+def pose_folders(videos: str | Path | Sequence[str | Path]) -> list[str]:
+    """Return the folders, relative to `videos`, that `find_videos` leaves out for their names alone.
+
+    One that lies beside the folder of its videos, as x_dwpose beside x, is not among them.
+    """
+    if not isinstance(videos, str | Path) or not Path(videos).is_dir():
+        return []
+    found = {poses for _, poses in _with_pose_folder(Path(videos)) if poses is not None}
+    of = {poses: _POSE_FOLDER.sub("", poses.name) for poses in found}
+    beside = {poses for poses, name in of.items() if name and (Path(videos) / poses.parent / name).is_dir()}
+    return sorted(poses.as_posix() for poses in found - beside)
 
 
 def _listed(path: Path) -> list[Path]:
@@ -84,12 +107,13 @@ def find_subjects(named: Mapping[str, Path], subject: str | Path | Mapping[str, 
     else:
         mapping = _matched(named, str(subject))
     found, aliases = {}, _aliases(named)
+    mapping = {key: str(who) for key, who in mapping.items() if who not in (None, "")}  # they name nobody
     for name, path in named.items():
         keys = [key for key in (name, path.name, path.stem) if key in mapping and name in aliases[key]]
         if not keys:
             raise ValueError(f"video {name!r} has no person in {subject}: add it, or choose 'video' or 'folder'")
         _only(keys[0], aliases)
-        found[name] = str(mapping[keys[0]])
+        found[name] = mapping[keys[0]]
     return found
 
 
@@ -116,9 +140,12 @@ def videos_called(named: Mapping[str, Path], called: Sequence[str]) -> set[str]:
 
 
 def _read_mapping(path: Path) -> dict[str, str]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a byte order mark
     try:
-        return dict(json.loads(text)) if path.suffix == ".json" else dict(csv.reader(text.splitlines()))
+        if path.suffix == ".json":
+            return dict(json.loads(text))
+        rows = csv.reader(text.splitlines(), skipinitialspace=True)
+        return {video.strip(): who.strip() for video, who in rows}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not map videos to persons, two columns or a JSON object: {error}") from error
 
