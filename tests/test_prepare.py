@@ -13,7 +13,19 @@ from torch.nn.functional import interpolate
 
 from entprog.data.detect import Found, PoseEstimator, nobody
 from entprog.data.follow import sampled
-from entprog.data.framing import body_extent, bucket_sizes, covers, crop_box, cut, face_boxes, label, smooth_track
+from entprog.data.framing import (
+    body_extent,
+    bucket_sizes,
+    covers,
+    crop_box,
+    cut,
+    cut_mask,
+    face_boxes,
+    holds,
+    label,
+    smooth_track,
+    to_box,
+)
 from entprog.data.prepare import prepare_videos
 from entprog.data.prepared import LABELS, Prepared, read_manifest
 from entprog.data.sources import pose_folders
@@ -40,10 +52,10 @@ def scene(lefts: list[float | None], *, tops: list[float] | None = None, level: 
 
 
 class Bright:
-    """Finds the white rectangle; `fails` raises at the first frame after that many videos."""
+    """Finds the white rectangle; `fails` raises after that many videos, `unseen` is a frame that hides its joints."""
 
-    def __init__(self, fails: int | None = None) -> None:
-        self.videos, self.frames, self.fails = 0, 0, fails
+    def __init__(self, fails: int | None = None, unseen: int | None = None) -> None:
+        self.videos, self.frames, self.fails, self.unseen = 0, 0, fails, unseen
 
     def track(self, frames: Iterable[Tensor]) -> Iterator[Found]:
         self.videos += 1
@@ -58,7 +70,8 @@ class Bright:
                 continue
             low = torch.tensor((float(columns.min()), float(rows.min())))
             high = torch.tensor((float(columns.max()), float(rows.max()))) + 1
-            yield Found(torch.cat((low + BODY * (high - low), torch.ones(17, 1)), -1), mask, 1.0)
+            seen = torch.full((17, 1), 0.1 if self.frames - 1 == self.unseen else 1.0)
+            yield Found(torch.cat((low + BODY * (high - low), seen), -1), mask, 1.0)
 
 
 def film(folder: Path, name: str, lefts: list[float | None], *, fps: float = 8, **options: object) -> None:
@@ -242,6 +255,53 @@ def test_the_shape_of_the_motion_chooses_the_aspect_and_lengths_fill_the_rest(tm
     shapes = {r["id"]: tuple(c["video"].shape) for r, c in zip(records, clips, strict=True)}
     assert shapes["still@00000x8"] == (8, 3, 80, 48) and shapes["still@00008x4"] == (4, 3, 80, 48)
     assert shapes["runs@00000x8"][-1] > shapes["runs@00000x8"][-2]
+
+
+def test_a_body_that_leaves_the_largest_crop_is_refused_or_gets_another_aspect(tmp_path: Path) -> None:
+    film(tmp_path / "in", "across", [*walk(16, 0, 9), 130, 125])
+    with pytest.raises(ValueError, match=r"leaves the largest crop: add --aspects 5:3.*\(1 windows\)"):
+        prepare(tmp_path / "in", tmp_path / "square", frames=16)
+    prepare(tmp_path / "in", tmp_path / "out", frames=16, aspects=["1:1", "5:3"])
+    (record,), (clip,) = read(tmp_path / "out")
+    assert record["box"] == [0, 0, 160, 96] and (clip["keypoints"][..., 2] == 1).all()
+    stretched = (160, 140, 560, 1140)  # a standing person in a telephone's upright video
+    assert not holds(crop_box(stretched, (1280, 720), (256, 256)), stretched, (1280, 720))
+    for extent in ((900, 10, 1200, 1070), (900, -30, 1200, 1100)):  # in a landscape one, head and feet at its borders
+        assert holds(crop_box(extent, (1080, 1920), (256, 256)), extent, (1080, 1920))
+
+
+def test_a_reference_shows_the_whole_body(tmp_path: Path) -> None:
+    near = scene([60.0] * 12)
+    near[:, 9:, 2:94, 50:90] = 0.95  # taller than the first frames' box
+    (tmp_path / "in").mkdir()
+    write_mp4(tmp_path / "in" / "a.mp4", near, 8)
+    prepare(tmp_path / "in", tmp_path / "out")
+    (record,), (clip,) = read(tmp_path / "out")
+    assert record["reference_seconds"] == 1 and (clip["reference_keypoints"][:, 2] == 1).all()
+
+
+def test_joints_outside_a_cut_are_not_visible() -> None:
+    points = torch.tensor([[5.0, 5, 0.9], [4.9, 9, 0.9], [24.9, 14.9, 0.9], [25, 9, 0.9], [9, 15, 0.9], [9, 4, 0.9]])
+    assert to_box(points, (5, 5, 20, 10), (40, 80))[:, 2].tolist() == pytest.approx([0.9, 0, 0.9, 0, 0, 0])
+
+
+def test_masks_are_cut_where_their_pictures_are() -> None:
+    mask = np.zeros((360, 640), dtype=np.uint8)  # of a frame of 3840x2160: a pixel of the mask is 5 of the cut
+    mask[90:120, 170:200] = 1
+    for left, top in ((1001, 503), (1004, 508), (999, 505)):
+        found = cut_mask(mask, (2160, 3840), (left, top, 302, 302), (256, 256))
+        edges = [(x - place) * 256 / 302 for x, place in ((1020, left), (540, top), (1200, left), (720, top))]
+        rows, columns = found.any(1).nonzero(), found.any(0).nonzero()
+        lows_highs = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert [float(x) for x in lows_highs] == pytest.approx(edges, abs=0.8)
+
+
+def test_a_frame_without_visible_joints_is_no_reference_and_no_excuse_for_small_people(tmp_path: Path) -> None:
+    film(tmp_path / "in", "a", walk(10))
+    prepare(tmp_path / "in", tmp_path / "out", tracker=Bright(unseen=9))
+    assert [r["reference_seconds"] for r in read(tmp_path / "out")[0]] == [1]
+    with pytest.raises(ValueError, match="smaller than 3"):
+        prepare(tmp_path / "in", tmp_path / "small", tracker=Bright(unseen=4), min_person=3)
 
 
 def test_face_crops_show_the_face(tmp_path: Path) -> None:

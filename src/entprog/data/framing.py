@@ -7,7 +7,9 @@ continuous, the centre of the first pixel is (0.5, 0.5).
 from collections.abc import Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -17,6 +19,7 @@ from entprog.data.prepared import LABELS
 Box = tuple[int, int, int, int]
 
 _FACE_SEEN = 0.5
+_CUT_OFF = 0.02  # share of a box's side that a body may stick out: less than its outline's own uncertainty
 _FACE = slice(0, 5)  # nose, eyes, ears
 
 
@@ -140,10 +143,18 @@ def crop_box(
     return min(max(x, 0), shape[1] - w), min(max(y, 0), shape[0] - h), w, h
 
 
-def covers(box: Box, extent: tuple[float, float, float, float]) -> bool:
+def covers(box: tuple[float, float, float, float], extent: tuple[float, float, float, float]) -> bool:
     """Whether an extent lies inside a box."""
     left, top, width, height = box
     return left <= extent[0] and top <= extent[1] and extent[2] <= left + width and extent[3] <= top + height
+
+
+def holds(box: Box, extent: tuple[float, float, float, float], shape: tuple[int, int]) -> bool:
+    """Whether a box cuts nothing off a body that its frame of `shape` (H, W) shows, but for 2 % of the box's sides."""
+    left, top, width, height = box
+    across, down = _CUT_OFF * width, _CUT_OFF * height
+    shown = (max(extent[0], 0), max(extent[1], 0), min(extent[2], shape[1]), min(extent[3], shape[0]))
+    return covers((left - across, top - down, width + 2 * across, height + 2 * down), shown)
 
 
 def cut(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
@@ -160,12 +171,27 @@ def cut(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
 
 
 def to_box(points: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """Take keypoints from pixels of the source to pixels of the cut, (..., 3) -> (..., 3)."""
+    """Take keypoints from pixels of the source to pixels of the cut, (..., 3) -> (..., 3); outside none is visible."""
     left, top, width, height = box
     out = points.clone()
     out[..., 0] = (points[..., 0] - left) * (size[1] / width)
     out[..., 1] = (points[..., 1] - top) * (size[0] / height)
+    inside = (out[..., :2] >= 0).all(-1) & (out[..., :2] < torch.tensor((size[1], size[0]))).all(-1)
+    out[..., 2] *= inside
     return out
+
+
+def cut_mask(mask: np.ndarray, shape: tuple[int, int], box: Box, size: tuple[int, int]) -> Tensor:
+    """Cut a box of the source of `shape` (H, W) out of its reduced mask (h, w) bool, -> (*size) bool.
+
+    The box is not rounded to the mask's pixels: one of them may be many of the cut's.
+    """
+    left, top, width, height = box
+    h, w = mask.shape
+    corners = (left * w / shape[1], top * h / shape[0], (left + width) * w / shape[1], (top + height) * h / shape[0])
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    small = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=corners)  # antialiased, like the picture
+    return torch.from_numpy(np.array(small)) > 127
 
 
 def label(mask: Tensor, points: Tensor) -> Tensor:

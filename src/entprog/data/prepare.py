@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from entprog.data.framing import (
     covers,
     crop_box,
     cut,
+    cut_mask,
     face_boxes,
+    holds,
     label,
     to_box,
 )
@@ -80,18 +83,31 @@ def _plan(track: Track, start: int, length: int, settings: _Settings) -> _Plan |
     extent = body_extent(track.points[used])
     if not np.isfinite(extent).all():
         return "no visible joints"
-    ratio = (extent[2] - extent[0]) / max(extent[3] - extent[1], 1)
-    size = min(settings.sizes, key=lambda s: abs(np.log(s[1] / s[0]) - np.log(max(ratio, 1e-3))))
-    box = crop_box(extent, track.shape, size)
-    tall = float(np.median([_height(p) for p in track.points[used]]))
+    framed = _framed(extent, track.shape, settings.sizes)
+    if framed is None:
+        whole = Fraction(track.shape[1], track.shape[0]).limit_denominator(16)
+        wider = f"add --aspects {whole.numerator}:{whole.denominator}, the frame's own"
+        return f"the body leaves the largest crop: {wider}, or choose fewer --frames"
+    size, box = framed
+    tall = float(np.nanmedian([_height(p) for p in track.points[used]]))  # a frame without visible joints has none
     if tall < settings.min_person * size[0]:
         return f"the person is smaller than {settings.min_person:g} times the clip's height"
     reference = _reference(track, start, length, box)
     if reference is None:
-        return "no other frame of the shot for the reference"
+        return "no other frame of the shot shows the whole body for the reference"
     own = body_extent(track.points[reference : reference + 1])
     moved = box if covers(box, own) else _centred(box, own, track.shape)
     return _Plan(start, length, size, box, reference, moved)
+
+
+def _framed(
+    extent: tuple[float, float, float, float], shape: tuple[int, int], sizes: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, int], Box] | None:
+    """Return the size nearest to an extent's shape of those whose box holds it, and that box; None if no box does."""
+    ratio = (extent[2] - extent[0]) / max(extent[3] - extent[1], 1)
+    nearest = sorted(sizes, key=lambda s: abs(np.log(s[1] / s[0]) - np.log(max(ratio, 1e-3))))
+    boxes = ((size, crop_box(extent, shape, size)) for size in nearest)
+    return next(((size, box) for size, box in boxes if holds(box, extent, shape)), None)
 
 
 def _height(points: Tensor) -> float:
@@ -108,7 +124,8 @@ def _centred(box: Box, extent: tuple[float, float, float, float], shape: tuple[i
 def _reference(track: Track, start: int, length: int, box: Box) -> int | None:
     """Choose the frame of the shot, outside the window, that is farthest from it in pose and time and shows most.
 
-    A frame in which the body lies inside the window's own box counts more, since its background is the same.
+    Only frames whose body is visible and fits into the window's box, moved if need be. One in which it lies inside the
+    box as it is counts more, since its background is the same.
     """
     inside_window = range(start, start + length)
     sure = float(track.presence[start : start + length].min())
@@ -117,10 +134,13 @@ def _reference(track: Track, start: int, length: int, box: Box) -> int | None:
         for k, shot in enumerate(track.shots)
         if shot == track.shots[start] and track.usable[k] and k not in inside_window and track.presence[k] >= sure
     ]
+    extents = {k: body_extent(track.points[k : k + 1]) for k in others}
+    others = [k for k in others if np.isfinite(extents[k]).all()]
+    others = [k for k in others if holds(_centred(box, extents[k], track.shape), extents[k], track.shape)]
     if not others:
         return None
     chosen = torch.tensor(others)
-    fits = torch.tensor([covers(box, body_extent(track.points[k : k + 1])) for k in others])
+    fits = torch.tensor([covers(box, extents[k]) for k in others])
     poses = track.points[..., :2] - track.points[:, [11, 12], :2].mean(1, keepdim=True)
     poses = poses / body_scale(track.points)[:, None, None]
     apart = (poses[chosen][:, None] - poses[None, start : start + length]).norm(dim=-1).mean(-1).amin(-1)
@@ -155,11 +175,8 @@ def _cut_plans(path: Path, track: Track, plans: list[_Plan], settings: _Settings
 def _labels(track: Track, k: int, box: Box, points: Tensor, size: tuple[int, int]) -> Tensor:
     """Cut the person mask of a sampled frame like its picture, and label it."""
     h, w = track.mask_shape
-    mask = torch.from_numpy(np.unpackbits(track.masks[k], count=h * w).reshape(1, h, w)) * 255
-    down, across = h / track.shape[0], w / track.shape[1]
-    left, top = round(box[0] * across), round(box[1] * down)
-    reduced = (left, top, max(1, round(box[2] * across)), max(1, round(box[3] * down)))
-    return label(cut(mask, reduced, size)[0] > 127, points)
+    mask = np.unpackbits(track.masks[k], count=h * w).reshape(h, w)
+    return label(cut_mask(mask, track.shape, box, size), points)
 
 
 def _clip(source: Source, track: Track, plan: _Plan, settings: _Settings) -> PreparedClip:
@@ -241,7 +258,7 @@ def prepare_videos(
         size: pixels; a clip of aspect 1:1 is size x size, others have about as many pixels; see `bucket_sizes`.
         frames: one length of the windows, or several (the longest that fits is cut first).
         fps: frames a second, sampled by time stamps. A video with fewer is refused, not repeated.
-        aspects: width to height; each clip takes the one nearest to the shape of the body's path.
+        aspects: width to height; each clip takes the one nearest to the shape of the body's path that holds it.
         subject: whom a video shows; see `find_subjects`. Views of one person never lie in both splits, except by
             test_videos.
         test_share, test_subjects, test_videos, seed: who is kept for testing; see `split_sources`.
@@ -253,7 +270,8 @@ def prepare_videos(
         tracker: what finds the person, PoseEstimator() by default.
         on_progress: called with (videos done, videos, name of the next).
 
-    The crop is one box for a whole clip, inside the frame. The reference is the frame of the same shot, outside the
+    The crop is one box for a whole clip, inside the frame; a window whose body leaves the largest such box is left out,
+    since its clip would show no head, no feet or nobody. The reference is the frame of the same shot, outside the
     window, that is farthest from it in pose and time; if the body has left the window's box there, the box is moved
     after it (`reference_box` differs from `box` in the manifest). Labels are person (network's mask) and face (its
     part inside the face's circle).
