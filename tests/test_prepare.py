@@ -304,6 +304,27 @@ def test_a_frame_without_visible_joints_is_no_reference_and_no_excuse_for_small_
         prepare(tmp_path / "in", tmp_path / "small", tracker=Bright(unseen=4), min_person=3)
 
 
+def test_a_finished_video_that_is_now_another_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        film(tmp_path / "in", name, walk(10))
+    who, out = {"a": "ann", "b": "bob"}, tmp_path / "out"
+    prepare(tmp_path / "in", out, subject=who)
+    finished = (out / "dataset.json").read_text()
+    with pytest.raises(ValueError, match="'b': subject_id was 'bob', is 'ann'.*another --out, or delete"):
+        prepare(tmp_path / "in", out, subject={"a": "ann", "b": "ann"})
+    (out / "videos.jsonl").rename(tmp_path / "lines")  # as if interrupted: the clips know their person
+    with pytest.raises(ValueError, match="'b': subject_id was"):
+        prepare(tmp_path / "in", out, subject={"a": "ann", "b": "ann"})
+    (tmp_path / "lines").rename(out / "videos.jsonl")
+    film(tmp_path / "in", "b", walk(12))
+    with pytest.raises(ValueError, match="'b': bytes was"):
+        prepare(tmp_path / "in", out, subject=who)
+    assert (out / "dataset.json").read_text() == finished
+    old = [json.loads(line) for line in (out / "videos.jsonl").read_text().splitlines()]
+    (out / "videos.jsonl").write_text("".join(json.dumps({k: r[k] for k in ("video", "ids")}) + "\n" for r in old))
+    prepare(tmp_path / "in", out, subject=who)  # lines of older versions do not say which file it was
+
+
 def test_face_crops_show_the_face(tmp_path: Path) -> None:
     film(tmp_path / "in", "a", walk(10))
     prepare(tmp_path / "in", tmp_path / "out", face_size=32)

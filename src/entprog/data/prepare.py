@@ -38,7 +38,7 @@ from entprog.data.framing import (
     label,
     to_box,
 )
-from entprog.data.prepared import PreparedClip, ShardWriter, mended_lines
+from entprog.data.prepared import PreparedClip, ShardWriter, is_prepared, mended_lines
 from entprog.data.sources import Source, find_subjects, find_videos, pose_folders, split_sources, videos_called
 
 _MOVED = 0.6  # what a reference counts whose box must be moved, compared to one in the window's own box
@@ -276,9 +276,10 @@ def prepare_videos(
     after it (`reference_box` differs from `box` in the manifest). Labels are person (network's mask) and face (its
     part inside the face's circle).
 
-    A run that was interrupted goes on where it was: videos in `videos.jsonl` are not read again. Videos that cannot be
-    used are listed in `errors.json` with the reason, and tried again next time. Returns {"clips": by split, "errors":
-    the list, "warnings", "seconds"}. ValueError for wrong options, and if there is no clip at all.
+    A run that was interrupted goes on where it was: videos in `videos.jsonl` are not read again, and must be the same
+    files of the same people. Videos that cannot be used are listed in `errors.json` with the reason, and tried again
+    next time. Returns {"clips": by split, "errors": the list, "warnings", "seconds"}. ValueError for wrong options, a
+    video that changed since its clips were made, and if there is no clip at all.
     """
     lengths = sorted({frames} if isinstance(frames, int) else set(frames))
     if not lengths or lengths[0] < 1 or fps <= 0 or face_size < 0 or min_person < 0:
@@ -326,6 +327,7 @@ def _write(
     on_progress: Callable[[int, int, str], None] | None,
 ) -> dict[str, Any]:
     began, errors = time.perf_counter(), []
+    _check_unchanged(sources, out)
     with ShardWriter(out, about) as writer:
         finished = _finished(out / "videos.jsonl", writer.done)
         for number, source in enumerate(sources):
@@ -346,12 +348,35 @@ def _write(
                 errors.append({"video": str(source.path), "error": f"{type(error).__name__}: {error}"})
                 continue
             with (out / "videos.jsonl").open("a") as file:
-                file.write(json.dumps({"video": source.name, "ids": ids}) + "\n")
+                file.write(json.dumps({"video": source.name, "ids": ids} | _identity(source)) + "\n")
     (out / "errors.json").write_text(json.dumps(errors, indent=1) + "\n")
     if not writer.records:
         raise ValueError(f"no clip could be made of {len(sources)} videos; the first errors: {errors[:3]}")
     clips = dict(Counter(record["split"] for record in writer.records))
     return {"clips": clips, "errors": errors, "warnings": about["warnings"], "seconds": time.perf_counter() - began}
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    """Return what a name alone does not say: whom a video shows, in which split, and which file it is."""
+    file = source.path.stat()
+    return {"subject_id": source.subject, "split": source.split, "bytes": file.st_size, "modified": int(file.st_mtime)}
+
+
+def _check_unchanged(sources: Sequence[Source], out: Path) -> None:
+    """ValueError if a video that clips were made of is now another file, another person's or in the other split.
+
+    The clips themselves are asked too: of a video that was interrupted there are some, but no line in videos.jsonl.
+    """
+    if not is_prepared(out):
+        return
+    now = {source.name: _identity(source) for source in sources if source.path.exists()}
+    for record in mended_lines(out / "manifest.jsonl") + mended_lines(out / "videos.jsonl"):
+        is_now = now.get(record.get("video", ""), {})
+        if differs := [f"{k} was {record[k]!r}, is {v!r}" for k, v in is_now.items() if record.get(k, v) != v]:
+            raise ValueError(
+                f"{out} has clips of another video {record['video']!r}: {', '.join(differs)}: choose another --out, or "
+                "delete the folder to prepare all videos again"
+            )
 
 
 def _finished(path: Path, done: set[str]) -> set[str]:
