@@ -1,10 +1,13 @@
 """Prepared folders, their latents, and the batches taken from them."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
 from conftest import ABOUT, make_clip
+from safetensors.torch import load_file, save_file
 
 from entprog.bench import train_run
 from entprog.checkpoint import write_results, write_whole
@@ -12,7 +15,7 @@ from entprog.config import check_same, check_size, load_config, make_config
 from entprog.data.batches import batch_at, fixed_batches, load_data
 from entprog.data.cache import load_split, take
 from entprog.data.pose import draw_skeleton
-from entprog.data.prepared import LABELS, Prepared, ShardWriter, mended_lines, split_hash
+from entprog.data.prepared import LABELS, Prepared, ShardWriter, mended_lines, read_manifest, split_hash
 from entprog.models.autoencoder import Autoencoder
 
 
@@ -124,6 +127,50 @@ def test_latents_are_cached_once_and_decode_to_the_video(folder):
     before = {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*.safetensors")}
     load_split(folder, "train", autoencoder)
     assert before == {p: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*.safetensors")}
+
+
+def _write_anew(folder, first):
+    for made in ("dataset.json", "manifest.jsonl"):
+        (folder / made).unlink(missing_ok=True)
+    with ShardWriter(folder, ABOUT, per_shard=3) as writer:
+        for i in range(first, first + 10):
+            writer.add(make_clip(i, "train" if i < first + 8 else "test"))
+
+
+def _times(folder):
+    return {p.name: p.stat().st_mtime_ns for p in (folder / "cache").rglob("*.safetensors")}
+
+
+def _shown(folder):
+    return load_split(folder, "train")["labels"].take([1])[0]
+
+
+def test_what_was_cached_of_other_clips_is_not_used(folder, tmp_path):
+    assert torch.equal(_shown(folder), make_clip(1).labels)
+    _write_anew(folder, 100)
+    for path in (folder / "shards").iterdir():
+        os.utime(path, ns=(0, 0))  # the files may well be older, brought here from elsewhere
+    assert torch.equal(_shown(folder), make_clip(101).labels)
+    shutil.copytree(folder / "cache", tmp_path / "copy" / "cache", copy_function=shutil.copyfile)
+    before = _times(tmp_path / "copy")
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("cache"))  # fmt: skip
+    assert torch.equal(_shown(tmp_path / "copy"), make_clip(101).labels) and _times(tmp_path / "copy") == before
+
+
+def test_a_cache_and_shards_of_older_versions_are_told_by_their_times(folder):
+    for path in (folder / "shards").iterdir():
+        save_file(load_file(path), path)
+    load_split(folder, "train")
+    for path in (folder / "cache").rglob("*.safetensors"):
+        save_file(load_file(path), path)
+    before = _times(folder)
+    load_split(folder, "train")
+    assert _times(folder) == before
+    _write_anew(folder, 100)
+    for path in (folder / "cache").rglob("*.safetensors"):
+        os.utime(path, ns=(0, 0))
+    assert torch.equal(_shown(folder), make_clip(101).labels)
 
 
 def test_batches_from_disk_equal_batches_from_memory(folder):

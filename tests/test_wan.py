@@ -209,6 +209,32 @@ def test_a_changed_caption_is_encoded_again_and_the_video_is_not(folders, data, 
     assert torch.equal(texts(), after) and torch.equal(texts("a person walks in the red room"), one_for_all)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("caption", [None, "a person walks in the red room"])
+def test_a_line_taken_out_of_the_manifest_moves_no_other_clip(when, caption, folders, data, tmp_path):
+    """Whether it is taken out before anything is encoded or after; and put back, it has its own text again."""
+    config = settings(folders("t2v"), tmp_path, caption=caption)
+    shutil.copytree(data, tmp_path, ignore=shutil.ignore_patterns("cache"), dirs_exist_ok=True)
+    manifest = tmp_path / "manifest.jsonl"
+    lines = manifest.read_text().splitlines(keepends=True)
+
+    def clips(source=config):
+        columns = load_data(source, "train")[0]
+        ids = [r["id"] for r in columns["video"].prepared.records]
+        return {i: [columns[k].take([row])[0] for k in ("video", "text")] for row, i in enumerate(ids)}
+
+    whole = clips(settings(folders("t2v"), data, caption=caption))
+    if when == "after":
+        clips()
+    manifest.write_text("".join(lines[1:]))
+    left = clips()
+    assert left.keys() == whole.keys() - {"clip-0"}
+    manifest.write_text("".join(lines))
+    for found in (left, clips()):
+        for name, columns in found.items():
+            assert all(torch.equal(x, y) for x, y in zip(columns, whole[name], strict=True)), name
+
+
 def test_latents_have_the_models_own_normalisation(folders, data):
     folder = folders("t2v")
     pipe, clip = wan.open_pipeline(folder), make_clip(3, size=32)

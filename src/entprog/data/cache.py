@@ -1,9 +1,10 @@
 """Prepared clips as a model takes them: latents and pose maps, made once, kept beside the data, read row by row.
 
 `load_split` writes `cache/KEY/` into a prepared folder, one shard for each of its shards, where KEY names the
-autoencoder and the pose style, and returns a data set (data/batches.py) of `Stored` tensors. A `Stored` is what a
-tensor on disk looks like to a batch: it has a shape, a length, slices, and is read when rows of it are asked for, so
-that a data set may be larger than memory.
+autoencoder and the pose style, and returns a data set (data/batches.py) of `Stored` tensors. A cached shard has all
+rows of its shard, whatever the manifest lists, and notes of which shard it was made. A `Stored` is what a tensor on
+disk looks like to a batch: it has a shape, a length, slices, and is read when rows of it are asked for, so that a data
+set may be larger than memory.
 """
 
 import hashlib
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from entprog.data.pose import POSE_STYLE, draw_skeleton
-from entprog.data.prepared import Prepared, shape_groups
+from entprog.data.prepared import Prepared, shape_groups, shard_rows, shard_source
 
 if TYPE_CHECKING:
     from entprog.models.autoencoder import Autoencoder
@@ -114,14 +116,31 @@ def _converted(tensors: dict[str, Tensor], autoencoder: "Autoencoder | None") ->
         quick = autoencoder.mean.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
         with torch.autocast("cpu", torch.bfloat16, enabled=quick):
             video, reference = (autoencoder.encode(x / 127.5 - 1).half().cpu() for x in (video, reference))
-    out = {
+    return {
         "video": video,  # (n, C, F, h, w)
         "pose": pose_maps(tensors["keypoints"], height, width).transpose(1, 2),  # (n, 3, F, H, W)
         "labels": tensors["labels"],  # (n, F, H, W)
         "reference": reference[:, :, 0],
         "reference_pose": pose_maps(tensors["reference_keypoints"], height, width),
     }
-    return {k: v.contiguous() for k, v in out.items()}
+
+
+def is_current(cached: Path, shard: Path) -> bool:
+    """Whether a cached shard is there, of the shard as it is now and of all its rows."""
+    if not cached.exists() or shard_rows(cached) != shard_rows(shard):
+        return False
+    with safe_open(str(cached), framework="pt") as file:
+        source = (file.metadata() or {}).get("source")
+    if source is None:  # of a version that noted none
+        return cached.stat().st_mtime_ns >= shard.stat().st_mtime_ns
+    return source == shard_source(shard)
+
+
+def save_columns(columns: dict[str, Tensor], cached: Path, shard: Path | None = None) -> None:
+    """Write a file of a cache, whole or not at all, with a note of the shard that it was made of."""
+    partial, note = cached.with_name(cached.name + ".partial"), {"source": shard_source(shard)} if shard else None
+    save_file({k: v.contiguous() for k, v in columns.items()}, partial, metadata=note)
+    partial.rename(cached)
 
 
 def load_split(
@@ -144,10 +163,9 @@ def load_split(
     cache.mkdir(parents=True, exist_ok=True)
     shards = sorted({r["shard"] for r in prepared.records})
     for i, shard in enumerate(shards):
-        if not (cache / shard).exists():
-            partial = cache / f"{shard}.partial"
-            save_file(_converted(load_file(Path(folder) / "shards" / shard), autoencoder), partial)
-            partial.rename(cache / shard)
+        source = Path(folder) / "shards" / shard
+        if not is_current(cache / shard, source):
+            save_columns(_converted(load_file(source), autoencoder), cache / shard, source)
         if on_progress:
             on_progress((i + 1) / len(shards))
     chosen = Prepared(folder, split, limit)

@@ -2,8 +2,9 @@
 
 `encode` writes `cache/KEY/` into a prepared folder, one shard for each of its shards, and `empty.safetensors` with the
 empty prompt. KEY names the model and ends in a fingerprint of its encoders and the pose style. Columns are those of the
-folder's kind (models/wan.py); each row is one clip. `text` (512, D) has shards of its own in `cache/KEY/text-HASH/`,
-HASH being that of all clips' captions: another caption is another text, and the video need not be encoded again.
+folder's kind (models/wan.py); each row is one clip, that of the shard, whether or not the manifest still lists it.
+`text` (512, D) has shards of its own in `cache/KEY/text-HASH/`, HASH being that of all clips' captions: another caption
+is another text, and the video need not be encoded again.
 """
 
 import gc
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from entprog.data.cache import Stored, pose_maps
+from entprog.data.cache import Stored, is_current, pose_maps, save_columns
 from entprog.data.pose import POSE_STYLE
-from entprog.data.prepared import SPLITS, Prepared, read_manifest
+from entprog.data.prepared import SPLITS, Prepared, read_manifest, shard_rows
 from entprog.measure import best_device
 from entprog.models.wan import TOKENS, Clip, draw, open_encoders, pipeline_of
 
@@ -76,6 +77,17 @@ def caption_of(record: Mapping[str, Any], caption: str | None) -> str:
     return prompt
 
 
+def _prompts(
+    every: Sequence[Mapping[str, Any]], splits: Sequence[str], caption: str | None
+) -> dict[str, dict[int, str]]:
+    """Return the prompt of each row that the manifest lists, for every shard with a clip of some splits."""
+    prompts: dict[str, dict[int, str]] = {r["shard"]: {} for r in every if r["split"] in splits}
+    for record in every:
+        if record["shard"] in prompts:
+            prompts[record["shard"]][record["row"]] = caption_of(record, caption)
+    return prompts
+
+
 def _whole(frames: int, step: int) -> int:
     """Return how many of a clip's frames the autoencoder takes: 1 and a multiple of its step in time."""
     return (frames - 1) // step * step + 1
@@ -128,37 +140,34 @@ def encode(
     every = read_manifest(data)
     cache, texts = _cache(folder), _text_cache(folder, every, caption)
     (Path(data) / texts).mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for record in sorted(every, key=lambda r: (r["shard"], r["row"])):
-        if record["split"] in splits:
-            rows.setdefault(record["shard"], []).append(record)
-    prompts = {shard: [caption_of(r, caption) for r in records] for shard, records in rows.items()}
-    missing = [(part, s) for part in (cache, texts) for s in rows if not (Path(data) / part / s).exists()]
+    prompts, shards = _prompts(every, splits, caption), Path(data) / "shards"
+    missing = [
+        (part, name)
+        for part in (cache, texts)
+        for name in sorted(prompts)
+        if not is_current(Path(data) / part / name, shards / name)
+    ]
     if missing or not (Path(data) / cache / "empty.safetensors").exists():
         encoders = Encoders(folder)
         step = encoders.pipe.vae_scale_factor_temporal
         about = {"text": encoders.text("")[None], "frame_step": torch.tensor(step)}
-        _save(about, Path(data) / cache / "empty.safetensors")
-        for i, (part, shard) in enumerate(missing):
-            if part == texts:
-                columns = [{"text": encoders.text(prompt)} for prompt in prompts[shard]]
+        save_columns(about, Path(data) / cache / "empty.safetensors")
+        for i, (part, name) in enumerate(missing):
+            rows = range(shard_rows(shards / name))
+            if part == texts:  # a row that nobody lists: what all have, or nothing
+                columns = [{"text": encoders.text(prompts[name].get(row, caption or ""))} for row in rows]
             else:
-                tensors = load_file(Path(data) / "shards" / shard)
+                tensors = load_file(shards / name)
                 frames = _whole(tensors["video"].shape[1], step)
-                columns = [encoders.columns(_clip(tensors, r["row"], frames)) for r in rows[shard]]
-            _save({k: torch.stack([c[k] for c in columns]) for k in columns[0]}, Path(data) / part / shard)
+                columns = [encoders.columns(_clip(tensors, row, frames)) for row in rows]
+            stacked = {k: torch.stack([c[k] for c in columns]) for k in columns[0]}
+            save_columns(stacked, Path(data) / part / name, shards / name)
             if on_progress:
                 on_progress((i + 1) / len(missing))
         del encoders
         gc.collect()
         torch.cuda.empty_cache()
     return str(cache)
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
-    partial.rename(path)
 
 
 def load_encoded(

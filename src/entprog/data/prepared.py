@@ -59,6 +59,31 @@ class PreparedClip:
         return {k: v.contiguous() for k, v in values.items() if isinstance(v, Tensor)}
 
 
+def _content_hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()
+
+
+def shard_source(path: Path) -> str:
+    """Return what tells a shard from another that lay at its place: its content's hash, or size and time without.
+
+    The writer notes the hash in the file, so that a copy of a folder, whose times are new, has the same.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        noted = (file.metadata() or {}).get("content")
+    stat = path.stat()
+    return noted or f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+
+
+def shard_rows(path: Path) -> int:
+    """Return how many clips lie in a shard or in its copy in a cache, whatever the manifest still lists."""
+    with safe_open(str(path), framework="pt") as file:
+        return int(file.get_slice(next(iter(file.keys()))).get_shape()[0])
+
+
 def split_hash(records: Iterable[Mapping[str, Any]]) -> str:
     """Return 12 hex digits that change when any clip changes its split or person."""
     lines = sorted(f"{r['id']}\t{r['subject_id']}\t{r['split']}" for r in records)
@@ -116,8 +141,9 @@ class ShardWriter:
         number = 1 + max((int(r["shard"].split("-")[-1].split(".")[0]) for r in self.records), default=-1)
         name = f"{group[0].split}-{number:05d}.safetensors"
         rows = [clip.tensors() for clip in group]
+        tensors = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
         partial = self.folder / "shards" / f"{name}.partial"
-        save_file({k: torch.stack([r[k] for r in rows]) for k in rows[0]}, partial)
+        save_file(tensors, partial, metadata={"content": _content_hash(tensors)})
         partial.rename(self.folder / "shards" / name)
         lines = []
         for row, clip in enumerate(group):
