@@ -64,6 +64,30 @@ def test_the_split_hash_sees_every_change():
     assert split_hash(moved) != split_hash(records) != split_hash([records[0] | {"subject_id": "b"}, *records[1:]])
 
 
+def test_the_stated_hash_is_that_of_the_lines_that_are_read(folder):
+    manifest = folder / "manifest.jsonl"
+    stated = Prepared(folder, "train").about
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(lines).replace('"motion"', '"caption": "a person walks", "motion"'))
+    assert Prepared(folder, "train").about == stated
+    manifest.write_text("".join(lines[:2] + lines[3:]))
+    data = Prepared(folder, "train")
+    assert len(data) == 7 and data.about["clips"] == 9
+    assert data.about["split_hash"] == split_hash(read_manifest(folder)) != stated["split_hash"]
+
+
+def test_an_attempt_that_made_no_clip_does_not_bind_the_next(tmp_path):
+    with ShardWriter(tmp_path, ABOUT):
+        pass
+    with pytest.raises(ValueError, match="made no clip: run the same command again"):
+        Prepared(tmp_path, "train")
+    with pytest.raises(ValueError, match="no clip was made yet"):
+        read_manifest(tmp_path)
+    with ShardWriter(tmp_path, ABOUT | {"fps": 5}) as writer:
+        writer.add(make_clip(0))
+    assert Prepared(tmp_path, "train").about["fps"] == 5
+
+
 def test_bad_folders_clips_and_splits_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="choose another --out"):
         ShardWriter(folder, ABOUT | {"seed": 1})

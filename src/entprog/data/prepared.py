@@ -98,7 +98,7 @@ class ShardWriter:
                 if clip.id not in writer.done: writer.add(clip)
 
     Clips of different shapes go to different shards. A shard is written whole before the manifest names its clips.
-    ValueError if the folder was begun with another `about`, for a split that SPLITS lacks and for an id used twice.
+    ValueError if the folder holds clips of another `about`, for a split that SPLITS lacks and for an id used twice.
     """
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any], *, per_shard: int = 64) -> None:
@@ -107,14 +107,14 @@ class ShardWriter:
         path, manifest = self.folder / "dataset.json", self.folder / "manifest.jsonl"
         if manifest.exists() and not path.exists():
             raise ValueError(f"{folder} holds a manifest of something else: choose another --out")
-        if path.exists():
+        self.records = mended_lines(manifest)
+        if path.exists() and self.records:  # an attempt that made no clip binds nobody
             saved = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("clips", "split_hash")}
             if saved != json.loads(json.dumps(self.about)):
                 raise ValueError(
                     f"{folder} was prepared as {saved}, now asked for as {self.about}: choose another --out"
                 )
         self._write_about({})
-        self.records = mended_lines(manifest)
         self.done = {r["id"] for r in self.records}
         self._pending: dict[Any, list[PreparedClip]] = {}
 
@@ -160,10 +160,10 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Write what is pending, and after a run without error the number of clips and the hash of the split."""
+        """Write what is pending, and after a run that made clips, without error, their number and the split's hash."""
         for group in self._pending.values():
             self._flush(group)
-        if kind is None:
+        if kind is None and self.records:
             self._write_about({"clips": len(self.records), "split_hash": split_hash(self.records)})
 
 
@@ -212,7 +212,9 @@ def read_manifest(folder: str | Path) -> list[dict[str, Any]]:
     """Return the record of every clip of a folder. ValueError for a folder that is not prepared."""
     if not is_prepared(folder):
         raise ValueError(f"{folder} holds no dataset.json: run entprog prepare first")
-    return _read_lines(Path(folder) / "manifest.jsonl")
+    if not (path := Path(folder) / "manifest.jsonl").exists():
+        raise ValueError(f"{folder} holds no manifest.jsonl, no clip was made yet: run its `entprog prepare` again")
+    return _read_lines(path)
 
 
 def is_prepared(folder: str | Path) -> bool:
@@ -231,8 +233,8 @@ def read_about(folder: str | Path, *, finished: bool = True) -> dict[str, Any]:
     about: dict[str, Any] = json.loads((Path(folder) / "dataset.json").read_text())
     if finished and "split_hash" not in about:
         raise ValueError(
-            f"{folder} is not finished, its `entprog prepare` was interrupted or still runs: run the same command "
-            "again, it goes on where it was"
+            f"{folder} is not finished, its `entprog prepare` was interrupted, still runs or made no clip: run the "
+            "same command again, it goes on where it was"
         )
     return about
 
@@ -251,15 +253,16 @@ def spread_evenly(count: int, limit: int) -> list[int]:
 class Prepared:
     """The clips of one split of a prepared folder, read from disk when they are asked for.
 
-    `about` is dataset.json, `every` all manifest lines, `records` those of the split, in order; with `limit` so many of
-    them, spread evenly over the split. ValueError for a folder that is not prepared, or only in part, or whose split
-    is empty.
+    `about` is dataset.json, its `clips` and `split_hash` those of the manifest as it is: lines may have been taken out
+    by hand. `every` are all manifest lines, `records` those of the split, in order; with `limit` so many of them,
+    spread evenly over the split. ValueError for a folder that is not prepared, or only in part, or whose split is
+    empty.
     """
 
     def __init__(self, folder: str | Path, split: str, limit: int | None = None) -> None:
         self.folder, self.split = Path(folder), split
-        self.about = read_about(folder)
-        self.every = read_manifest(folder)
+        about, self.every = read_about(folder), read_manifest(folder)
+        self.about = about | {"clips": len(self.every), "split_hash": split_hash(self.every)}
         self.records = [r for r in self.every if r["split"] == split]
         if not self.records:
             raise ValueError(
