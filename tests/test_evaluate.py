@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entprog import evaluate as module
-from entprog.data.prepared import LABELS, Prepared, PreparedClip, ShardWriter
+from entprog.data.prepared import LABELS, Prepared, PreparedClip, ShardWriter, split_hash
 from entprog.data.video import write_mp4
 from entprog.evaluate import BETTER, compare, evaluate, load_videos
 from entprog.packaged import PackagedFileError
@@ -151,6 +151,28 @@ def test_evaluations_of_different_clips_or_detectors_are_not_compared(prepared: 
     posed = evaluate(truths(prepared), prepared, estimate=knows(prepared), networks=(), baselines=False)
     with pytest.raises(ValueError, match="estimator"):
         compare(a, posed)
+
+
+def test_evaluations_on_data_of_other_frames_or_poses_are_not_compared(prepared: Prepared, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "other", about=prepared.about | {"fps": 25, "poses": "DWPose"}) as writer:
+        for number in range(CLIPS):
+            writer.add(clip(number))
+    other = Prepared(tmp_path / "other", "test")
+    a, b = (evaluate(truths(d), d, networks=(), baselines=False) for d in (prepared, other))
+    with pytest.raises(ValueError, match="in data.fps: None and 25; data.poses: None and DWPose. Evaluate both"):
+        compare(a, b)
+    for result in (a, b):
+        del result["protocol"]["data"]
+    assert compare(a, json.loads(json.dumps(b)))["clips"] == CLIPS
+
+
+def test_the_protocol_states_the_clips_that_the_manifest_still_lists(prepared: Prepared) -> None:
+    manifest = prepared.folder / "manifest.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[1:]))
+    data = Prepared(prepared.folder, "test")
+    protocol = evaluate(truths(data), data, networks=(), baselines=False)["protocol"]
+    assert protocol["split_hash"] == split_hash(data.every) != prepared.about["split_hash"]
+    assert protocol["data"]["clips"] == CLIPS - 1
 
 
 def test_the_detectors_own_error_is_the_floor(prepared: Prepared) -> None:

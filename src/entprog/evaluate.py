@@ -10,6 +10,7 @@ in GROUPS. Letters: N clips, F frames, H, W pixels.
 
 import base64
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -184,8 +185,7 @@ def _partners(records: Sequence[Mapping[str, Any]]) -> list[int | None]:
 
 def _others(records: Sequence[Mapping[str, Any]]) -> list[int | None]:
     """A random clip of another person for each clip, the same at every call; None where there is no other person."""
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(records), generator=generator).tolist()
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
     others: list[int | None] = []
     for place, i in enumerate(order):
         turned = order[place + 1 :] + order[:place]
@@ -279,7 +279,7 @@ def _protocol(data: Prepared, estimate: Estimate | None, networks: Sequence[str]
         "clips": len(ids),
         "clip_list_hash": hashlib.sha256("\n".join(ids).encode()).hexdigest()[:12],
         "split": data.split,
-        "split_hash": data.about.get("split_hash"),
+        "split_hash": data.about["split_hash"],
         "data": data.about,
         "frames": sorted({r["frames"] for r in data.records}),
         "sizes": sorted({(r["height"], r["width"]) for r in data.records}),
@@ -414,26 +414,25 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     Returns `differences` by metric (`mean`, `low`, `high`, `clips`, and `better_on`: the share of clips on which a is
     better) and, where both have features, `fvd`: the difference of the two distances with an interval from resampling
     clips, the same clips for both; a resample repeats clips, which raises both distances alike.
-    ValueError when the two differ in clips, split, sizes or networks, naming what differs.
+    ValueError when the two differ in clips, split, data, sizes or networks, naming what differs.
     """
-    first, second = a["protocol"], b["protocol"]
-    keys = ("name", "clip_list_hash", "split_hash", "frames", "sizes", "estimator", "networks")
-    differ = [key for key in keys if _plain(first[key]) != _plain(second[key])]
-    if differ:
-        said = "; ".join(f"{key}: {first[key]} and {second[key]}" for key in differ)
-        raise ValueError(f"the evaluations cannot be compared, they differ in {said}")
+    first, second = _measured_on(a["protocol"]), _measured_on(b["protocol"])
+    if differ := [key for key in first | second if first.get(key) != second.get(key)]:
+        said = "; ".join(f"{key}: {first.get(key)} and {second.get(key)}" for key in differ)
+        raise ValueError(f"the evaluations cannot be compared, they differ in {said}. Evaluate both on one data folder")
     generated = a["rows"]["generated"], b["rows"]["generated"]
-    result: dict[str, Any] = {"clips": first["clips"], "differences": _differences(*generated), "fvd": None}
+    result: dict[str, Any] = {"clips": a["protocol"]["clips"], "differences": _differences(*generated), "fvd": None}
     if "features" in a and "features" in b:
-        real, one, two = (_decode(x) for x in (a["features"]["truth"], a["features"]["generated"],
-                                               b["features"]["generated"]))  # fmt: skip
+        real, one, two = (_decode(e["features"][w]) for e, w in ((a, "truth"), (a, "generated"), (b, "generated")))
         result["fvd"] = _fvd_difference(real, one, two) | {"note": frechet.small_set(len(real))}
     return result
 
 
-def _plain(value: Any) -> Any:
-    """Compare a fresh result with one read from JSON, where tuples are lists."""
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+def _measured_on(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What two evaluations must share, with what made the data's frames and poses; as JSON, where tuples are lists."""
+    keys = ("name", "clip_list_hash", "split_hash", "frames", "sizes", "estimator", "networks")
+    data = {f"data.{k}": v for k, v in (protocol.get("data") or {}).items() if k not in ("clips", "split_hash")}
+    return json.loads(json.dumps({k: protocol[k] for k in keys} | data))
 
 
 def _fvd_difference(real: Tensor, one: Tensor, two: Tensor) -> dict[str, float]:
