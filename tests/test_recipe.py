@@ -207,6 +207,50 @@ def test_networks_that_cannot_be_had_are_known_before_anything_is_made(folder, t
         run_recipe(tiny(folder, evaluation=TINY["evaluation"] | {"networks": ["vgg"]}), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phases": {"video": {"steps": 4, "batch_size": 2, "frames": 7}}},
+         "phases.video.frames 7: split 'train' of .* has clips of 6 frames"),
+        ({"phases": {"pose": {"steps": 4, "batch_size": 33}}},
+         r"phases.pose.batch_size 33: .* has \[32\], choose at most 32"),
+        ({"base": {"model": "T", "steps": 3, "batch_size": 40}}, "base.batch_size 40"),
+        ({"evaluation": {"splits": ["test"], "clips": 4, "networks": ["vgg", "alex"]}},
+         "evaluation.networks 'vgg' needs frames of at least 16x16 pixels, split 'test' of .* has sides of 15"),
+    ],
+)  # fmt: skip
+def test_clips_that_do_not_fit_are_known_before_the_first_step(changes, message, folder, tmp_path, monkeypatch):
+    if "evaluation" in changes:  # one test clip is a pixel too small
+        folder = tmp_path / "small"
+        with ShardWriter(folder, ABOUT) as writer:
+            for i in range(36):
+                writer.add(make_clip(i, "train" if i < 32 else "test", size=15 if i == 35 else 16))
+    monkeypatch.setitem(ESTIMATORS, "movenet", object)
+    monkeypatch.setattr("entprog.evaluate.load_networks", lambda *_: None)
+    monkeypatch.setattr("entprog.recipe.train_base", lambda *_: pytest.fail("trains before it looks"))
+    with pytest.raises(ValueError, match=message):
+        run_recipe(tiny(folder, **changes), tmp_path / "out")
+
+
+def test_a_recipe_does_not_go_on_with_other_clips(folder, tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def begins(*_):
+        raise Begun
+
+    monkeypatch.setitem(ESTIMATORS, "movenet", object)
+    monkeypatch.setattr("entprog.recipe.train_base", begins)
+    with pytest.raises(Begun):
+        run_recipe(tiny(folder), tmp_path / "out")
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match="has changed since"):
+        run_recipe(tiny(folder), tmp_path / "out")
+    with pytest.raises(Begun):  # what is left is good for a new one
+        run_recipe(tiny(folder), tmp_path / "new")
+
+
 def test_a_recipe_hands_on_from_phase_to_phase_and_writes_its_page(folder, tmp_path, monkeypatch):
     class Guess:  # the networks are tested apart; here is no person to be found
         def __call__(self, frames: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from entprog.data.video import write_png, write_webp
 from entprog.measure import best_device
 from entprog.models.autoencoder import latent_places
 from entprog.models.pretrained import EMBEDDED, check_origin
-from entprog.recipe_check import check_rendered, check_shape
+from entprog.recipe_check import check_clips, check_rendered, check_shape
 
 OnProgress = Callable[[dict[str, Any]], None]
 PHASES = ("subject", "pose", "video")
@@ -204,13 +204,11 @@ def _check(recipe: Recipe) -> None:
     if not recipe.phases:
         raise ValueError(f"phases are all null, nothing would be trained: leave at least one of {PHASES} in")
     model = str(recipe.base.get("model"))
-    ready = set(recipe.base) == {"model"}
-    if ready and model not in EMBEDDED and not (Path(model) / "config.json").exists():
+    if set(recipe.base) == {"model"} and model not in EMBEDDED and not (Path(model) / "config.json").exists():
         raise ValueError(
             f"base {model!r}: choose one of {sorted(EMBEDDED)} or a model's folder, or add a budget to train it"
         )
-    configs = [recipe.config(p, s, model if ready else "P") for p in recipe.phases for s in recipe.strategies]
-    configs += [] if ready else [recipe.config("base", "full", model)]
+    configs = [config for _, config in _runs(recipe)]
     for autoencoder in {c.autoencoder for c in configs} - {""}:
         latent_places(autoencoder)
     for config in configs:
@@ -223,6 +221,14 @@ def _check(recipe: Recipe) -> None:
     for what, choices in (("networks", NETWORKS), ("splits", SPLITS)):
         if unknown := sorted(set(recipe.evaluation[what]) - set(choices)):
             raise ValueError(f"evaluation.{what} {unknown} are unknown: choose from {choices}")
+
+
+def _runs(recipe: Recipe) -> list[tuple[str, RunConfig]]:
+    """Return where in the recipe each run stands, and its configuration; models that are still to be made are "P"."""
+    model, ready = str(recipe.base.get("model")), set(recipe.base) == {"model"}
+    base = [] if ready else [("base", recipe.config("base", "full", model))]
+    phases = [(p, s) for p in recipe.phases for s in recipe.strategies]
+    return base + [(f"phases.{p}", recipe.config(p, s, model if ready else "P")) for p, s in phases]
 
 
 def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -376,7 +382,8 @@ def _pin_data(recipe: Recipe, out: Path) -> None:
 def run_recipe(recipe: Recipe, out: Path, on_progress: OnProgress | None = None) -> dict[str, Any]:
     """Do a whole recipe: data, base, phases, samples, evaluation. The same call resumes; returns results.json.
 
-    ValueError if `out` was begun with another recipe, PackagedFileError if a network of the evaluation cannot be had.
+    ValueError if `out` was begun with another recipe or the clips do not fit this one, PackagedFileError if a network
+    of the evaluation cannot be had.
     """
     from entprog.evaluate import ESTIMATORS, load_networks
 
@@ -391,7 +398,7 @@ def run_recipe(recipe: Recipe, out: Path, on_progress: OnProgress | None = None)
         raise ValueError(f"{out} holds another recipe; (saved, now): {differing}. Choose another --out")
     write_whole(path, yaml.safe_dump(mine, sort_keys=False))
     prepare_data(recipe, say)
-    _splits(recipe)
+    check_clips(dict(_runs(recipe)), _splits(recipe), recipe.evaluation)
     _pin_data(recipe, out)
     base = train_base(recipe, out, say)
     phases = train_phases(recipe, out, base, say)

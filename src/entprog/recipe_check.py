@@ -1,11 +1,13 @@
-"""What a recipe file may say, checked before anything is merged, rendered or trained."""
+"""What a recipe file may say, checked before anything is made of it, and its clips before anything is trained."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entprog.data.prepared import SPLITS, read_about, read_manifest
+from entprog.config import RunConfig
+from entprog.data.prepared import SPLITS, Prepared, read_about, read_manifest, shape_groups
+from entprog.metrics.lpips import BACKBONES
 
 # What `render_people` takes beside the people; without one of them it renders with this.
 RENDERED: dict[str, float] = {"size": 64, "frames": 16, "fps": 10, "clips_per_person": 4, "seed": 0}
@@ -84,3 +86,30 @@ def check_rendered(people: Mapping[str, Any], folder: Path) -> None:
             f"{ ({k: wanted[k] for k in differ}) }: choose another data folder, change the recipe's people, or set "
             "people=null to train on what is there"
         )
+
+
+def check_clips(runs: Mapping[str, RunConfig], splits: Sequence[str], evaluation: Mapping[str, Any]) -> None:
+    """Refuse clips that a later run could not train on, or the evaluation not score, before the first step.
+
+    `runs` by their place in the recipe, all of one data folder, of which `splits` are evaluated. ValueError with the
+    value that does not fit and what to do.
+    """
+    for place, config in runs.items():
+        train, held_out = Prepared(config.data, "train"), Prepared(config.data, "test", config.held_out_clips)
+        for clips in (train, held_out):
+            shortest = min(r["frames"] for r in clips.records)
+            if shortest < config.frames:
+                raise ValueError(f"{place}.frames {config.frames}: split {clips.split!r} of {config.data} has clips of "
+                                 f"{shortest} frames, choose at most as many or prepare longer clips")  # fmt: skip
+        sizes = sorted((len(group) for group in shape_groups(train.records)), reverse=True)
+        if sizes[0] < config.batch_size:
+            raise ValueError(f"{place}.batch_size {config.batch_size}: clips of one shape share a batch, split 'train' "
+                             f"of {config.data} has {sizes}, choose at most {sizes[0]} or add clips")  # fmt: skip
+    for split in splits:
+        data = next(iter(runs.values())).data
+        side = min(min(r["height"], r["width"]) for r in Prepared(data, split, evaluation["clips"]).records)
+        for net in (n for n in evaluation["networks"] if n in BACKBONES):
+            if side < (smallest := BACKBONES[net].smallest):
+                raise ValueError(f"evaluation.networks {net!r} needs frames of at least {smallest}x{smallest} pixels, "
+                                 f"split {split!r} of {data} has sides of {side}: leave it out or prepare larger "
+                                 "clips")  # fmt: skip
