@@ -264,6 +264,12 @@ def test_a_body_that_leaves_the_largest_crop_is_refused_or_gets_another_aspect(t
     prepare(tmp_path / "in", tmp_path / "out", frames=16, aspects=["1:1", "5:3"])
     (record,), (clip,) = read(tmp_path / "out")
     assert record["box"] == [0, 0, 160, 96] and (clip["keypoints"][..., 2] == 1).all()
+    film(tmp_path / "both", "ends", [*walk(16, 0, 9), *walk(20, 60, 1)])
+    for _ in range(2):  # a finished video's are told again
+        found = prepare(tmp_path / "both", tmp_path / "some", frames=16)
+        assert found["clips"] == {"train": 1}
+        ((reason, count),) = found["left_out"].items()
+        assert count == 1 and "leaves the largest crop" in reason
     stretched = (160, 140, 560, 1140)  # a standing person in a telephone's upright video
     assert not holds(crop_box(stretched, (1280, 720), (256, 256)), stretched, (1280, 720))
     for extent in ((900, 10, 1200, 1070), (900, -30, 1200, 1100)):  # in a landscape one, head and feet at its borders

@@ -63,7 +63,8 @@ def _prepare(args: argparse.Namespace) -> None:
                 on_progress=lambda done, total, name: show({"run": "videos", "done": done, "of": total, "at": name}),
             )
             console.print(f"clips: {found['clips']}", markup=False)
-            for message in (*found["warnings"], *(f"{e['video']}: {e['error']}" for e in found["errors"])):
+            left_out = [f"{count} windows left out: {reason}" for reason, count in found["left_out"].items()]
+            for message in (*found["warnings"], *left_out, *(f"{e['video']}: {e['error']}" for e in found["errors"])):
                 console.print(message, style="yellow", markup=False)
         if args.autoencoder:
             _cache_latents(args, show)

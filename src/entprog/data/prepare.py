@@ -210,10 +210,13 @@ def _clip(source: Source, track: Track, plan: _Plan, settings: _Settings) -> Pre
     return clip
 
 
-def video_clips(source: Source, tracker: Tracker, settings: _Settings) -> Iterator[PreparedClip]:
-    """Yield the clips of one video. ValueError saying what was found if there is none."""
+def video_clips(source: Source, tracker: Tracker, settings: _Settings, refused: Counter[str]) -> Iterator[PreparedClip]:
+    """Yield the clips of one video; windows left out are counted in `refused`, by reason.
+
+    ValueError saying what was found if there is no clip.
+    """
     track = follow(source.path, settings.fps, tracker, smooth=settings.smooth)
-    plans, refused = [], Counter[str]()
+    plans = []
     for start, length in windows(track, settings.lengths):
         plan = _plan(track, start, length, settings)
         if isinstance(plan, str):
@@ -278,8 +281,9 @@ def prepare_videos(
 
     A run that was interrupted goes on where it was: videos in `videos.jsonl` are not read again, and must be the same
     files of the same people. Videos that cannot be used are listed in `errors.json` with the reason, and tried again
-    next time. Returns {"clips": by split, "errors": the list, "warnings", "seconds"}. ValueError for wrong options, a
-    video that changed since its clips were made, and if there is no clip at all.
+    next time. Returns {"clips": by split, "errors": the list, "warnings", "left_out": windows of the other videos by
+    reason, "seconds"}. ValueError for wrong options, a video that changed since its clips were made, and if there is no
+    clip at all.
     """
     lengths = sorted({frames} if isinstance(frames, int) else set(frames))
     if not lengths or lengths[0] < 1 or fps <= 0 or face_size < 0 or min_person < 0:
@@ -336,9 +340,9 @@ def _write(
             if source.name in finished:
                 continue
             tracker = tracker or PoseEstimator()
-            ids = []
+            ids, refused = [], Counter[str]()
             try:
-                for whole in video_clips(source, tracker, settings):
+                for whole in video_clips(source, tracker, settings, refused):
                     flipped = [mirrored(whole)] if about["flips"] and whole.split == "train" else []
                     for clip in (whole, *flipped):
                         ids.append(clip.id)
@@ -348,12 +352,15 @@ def _write(
                 errors.append({"video": str(source.path), "error": f"{type(error).__name__}: {error}"})
                 continue
             with (out / "videos.jsonl").open("a") as file:
-                file.write(json.dumps({"video": source.name, "ids": ids} | _identity(source)) + "\n")
+                line = {"video": source.name, "ids": ids, "left_out": dict(refused)} | _identity(source)
+                file.write(json.dumps(line) + "\n")
     (out / "errors.json").write_text(json.dumps(errors, indent=1) + "\n")
     if not writer.records:
         raise ValueError(f"no clip could be made of {len(sources)} videos; the first errors: {errors[:3]}")
     clips = dict(Counter(record["split"] for record in writer.records))
-    return {"clips": clips, "errors": errors, "warnings": about["warnings"], "seconds": time.perf_counter() - began}
+    left_out = sum((Counter(line.get("left_out")) for line in mended_lines(out / "videos.jsonl")), Counter[str]())
+    return {"clips": clips, "errors": errors, "warnings": about["warnings"], "left_out": dict(left_out),
+            "seconds": time.perf_counter() - began}  # fmt: skip
 
 
 def _identity(source: Source) -> dict[str, Any]:
