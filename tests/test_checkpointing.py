@@ -1,6 +1,8 @@
 """Activation checkpointing per block: same gradients, fewer bytes, only where something is kept."""
 
 import copy
+import gc
+import weakref
 from itertools import count, islice
 
 import diffusers
@@ -13,7 +15,7 @@ from zoo import build
 
 from entprog import EntProg, Progressive, checkpoint_blocks, checkpointing, find_blocks, set_active
 from entprog.attention import attention_modules
-from entprog.checkpointing import CHECKPOINTS, checkpointed
+from entprog.checkpointing import CHECKPOINTS, checkpointed, segments
 from entprog.measure import PeakBytes, count_flops, saved_bytes
 from entprog.modes import mode_of
 from entprog.profiling import cost_of
@@ -89,6 +91,18 @@ def test_the_peak_of_recomputing_is_smaller_by_parts():
         peaks[way] = live.peak
     assert blocks[0].segments == ("attn1", "attn2", "ffn")
     assert peaks["parts"] < 0.75 * peaks["block"] < 0.76 * peaks["none"], "one block: as a whole it gains nothing"
+
+
+def test_graphs_that_nobody_runs_backward_are_freed():
+    """Tanh keeps its output, softmax and fused attention theirs: held with its graph, it would hold itself."""
+    module, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), torch.randn(2, 8)
+    seen = []
+    module[1].register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
+    with saved_bytes() as held:
+        assert module(x).requires_grad and held()
+    segments(module, module.forward, (x,), {})
+    gc.collect()
+    assert [ref() for ref in seen] == [None, None]
 
 
 def checkpointed_calls(monkeypatch):

@@ -1,6 +1,8 @@
 """Optimizer state of what trains only, and steps inside backward that equal plain ones."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import schedulefree
@@ -201,6 +203,17 @@ def test_steps_in_backward_never_hold_two_gradients():
     undo()
     count = len(list(model.parameters()))
     assert together == ([1] * count + [0]) * 2  # the loop's own step finds none
+
+
+def test_a_model_that_was_stepped_in_backward_is_freed_with_its_optimizer():
+    model, _ = plain()
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+    step_in_backward(optimizer)
+    train(model, optimizer, 1)
+    left = [weakref.ref(v) for v in (model.head.weight, optimizer)]
+    del model, optimizer
+    gc.collect()
+    assert [ref() for ref in left] == [None, None]
 
 
 def test_combinations_that_need_all_gradients_are_refused():

@@ -139,7 +139,7 @@ def _kept(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -
     weights = {storage_of(p) for p in module.parameters()}
 
     def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor, tuple(running))
+        saved = _Saved(tensor.detach(), tuple(running))  # with its graph it would never be freed
         held.add(saved)
         return saved
 

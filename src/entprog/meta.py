@@ -248,7 +248,11 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 class Holder:
-    """A saved tensor, where and as which one it was saved; autograd holds it as long as the tensor."""
+    """A saved tensor, where and as which one it was saved; autograd holds it as long as the tensor.
+
+    Held detached: with its graph, an output would hold the node that holds it, and a graph that nobody runs backward
+    would never be freed.
+    """
 
     __slots__ = ("__weakref__", "gap", "serial", "tensor")
 
@@ -263,7 +267,7 @@ def saved(gap: Callable[[], int] = lambda: 0) -> Iterator["weakref.WeakSet[Holde
     serials = count()
 
     def pack(tensor: Tensor) -> Holder:
-        holder = Holder(tensor, gap(), next(serials))
+        holder = Holder(tensor.detach(), gap(), next(serials))
         held.add(holder)
         return holder
 

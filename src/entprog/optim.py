@@ -7,6 +7,7 @@ in `optimizer.state[parameter]` works: torch, bitsandbytes, torchao, Accelerate'
 
 import importlib
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -97,7 +98,8 @@ def step_in_backward(
 
     Gradients of all parameters never exist together: one at a time does. The update is the plain one bit for bit, by
     the same optimizer and state. The loop stays as it is: its own `optimizer.step()` finds nothing left to do but tells
-    where a step ends. Parameters may be frozen and thawed meanwhile, those frozen now included.
+    where a step ends. Parameters may be frozen and thawed meanwhile, those frozen now included. Keep the optimizer:
+    once it is gone, nothing is stepped.
 
     What needs all gradients at once is refused, since it would be ignored without a word: ValueError for accumulation,
     clipping by the global norm, an enabled GradScaler and several processes, and at the first gradient for an optimizer
@@ -120,9 +122,12 @@ def step_in_backward(
         )
     stepped: set[int] = set()  # parameters since the loop's last optimizer.step()
     inside, checked = False, False
+    ours = weakref.ref(optimizer)  # autograd holds hooks where no garbage collector looks: the model would never go
 
     def on_gradient(p: Tensor) -> None:
         nonlocal inside, checked
+        if (optimizer := ours()) is None:
+            return
         if id(p) in stepped:
             p.grad = None
             raise RuntimeError(
