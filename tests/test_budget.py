@@ -289,6 +289,22 @@ def test_a_step_that_holds_more_than_predicted_is_made_smaller_before_it_is_take
     assert max(run.bytes) <= limit and max(run.peaks) <= 1.5 * limit and 0 < len(run.history[0]) < 5
 
 
+def test_a_trial_that_the_gpu_has_too_little_for_leaves_nothing_behind(monkeypatch):
+    run, left = Run(Progressive(frozen="pass"), max_memory="1GiB"), []
+
+    def too_large(model, batch):
+        kept = [torch.zeros(1)]
+        kept.append(kept)
+        left.append(weakref.ref(kept[0]))
+        raise torch.cuda.OutOfMemoryError("of a test")
+
+    for name in ("reset_peak_memory_stats", "max_memory_allocated", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    run.prog.optimizer, run.prog.loss_fn = run.optimizer, too_large
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True)
+    assert memory._tried(run.prog) == 2 * run.prog.budget.limit and left[0]() is None
+
+
 class OnGpu(torch.Tensor):
     """A tensor that says it lies on a GPU."""
 

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from zoo import build
 
-from entprog import EntProg, Progressive, checkpoint_blocks, checkpointing, find_blocks, set_active
+from entprog import EntProg, Progressive, checkpoint_blocks, checkpointing, find_blocks, memory, set_active
 from entprog.attention import attention_modules
+from entprog.budget import Keeping
 from entprog.checkpointing import CHECKPOINTS, checkpointed, segments
 from entprog.measure import PeakBytes, count_flops, saved_bytes
 from entprog.modes import mode_of
@@ -103,6 +104,16 @@ def test_graphs_that_nobody_runs_backward_are_freed():
     segments(module, module.forward, (x,), {})
     gc.collect()
     assert [ref() for ref in seen] == [None, None]
+
+
+def test_a_budget_names_parts_without_running_a_block_for_them(monkeypatch):
+    model, x = Plain(), torch.randn(2, 5, 8)
+    prog = EntProg(model, lambda model, x: model(x).square().mean(), held_out=x, train_batches=lambda: iter([x]),
+                   total_steps=2, max_memory="1GiB", strategy=Progressive(frozen="pass"))  # fmt: skip
+    monkeypatch.setattr(checkpointing, "segments", None)
+    memory.apply(prog, {b.name: "pass" if b.index else "train" for b in prog.blocks}, Keeping(None, "parts"))
+    model(x).sum().backward()
+    assert all(b.segments is not None for b in prog.blocks)
 
 
 def checkpointed_calls(monkeypatch):

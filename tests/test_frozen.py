@@ -1,6 +1,7 @@
 """Parked weights: close forward, gradients that pass, originals that come back bit for bit."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -345,10 +346,8 @@ def test_snapshots_and_averages_read_and_write_the_originals(precision):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_ring_holds_two_blocks_and_fetches_ahead(checkpointing, monkeypatch):
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)) for _ in range(6))).requires_grad_(
-        False
-    )
-    blocks = [Block(i, str(i), m) for i, m in enumerate(model)]
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)) for _ in range(6)))
+    blocks = [Block(i, str(i), m.requires_grad_(False)) for i, m in enumerate(model)]
     x = torch.randn(3, 16, requires_grad=True)
 
     def run():
@@ -360,9 +359,7 @@ def test_the_ring_holds_two_blocks_and_fetches_ahead(checkpointing, monkeypatch)
     expected = run()
     settle_weights(model, blocks, "cpu")
     run()
-    order: list[int] = []
-    copied, asked = Ring._copy, Ring.weight
-    waits = 0
+    order, waits, waited, copied, asked = list[int](), 0, list[torch.Tensor](), Ring._copy, Ring.weight
 
     def counted(ring, place, slot):
         order.append(place)
@@ -379,6 +376,9 @@ def test_the_ring_holds_two_blocks_and_fetches_ahead(checkpointing, monkeypatch)
     assert waits == 0 and order == [2, 3, 4, 5, 3, 2, 1, 0]  # one block ahead, forwards and back
     ring = parked_layers(model)[0]._entprog_parked.ring
     assert len(ring.slots) == 2 and ring.slots[0].buffer.nbytes == 2 * 16 * 16 * 4
+    ring.stream = SimpleNamespace(synchronize=lambda: waited.append(value_of(model[0][0].weight).clone()))
+    set_value(model[0][0].weight, torch.zeros(16, 16))
+    assert waited[0].any(), "a copy may be reading the original, which changes after that"
 
 
 def test_bytes_are_counted_as_kept():

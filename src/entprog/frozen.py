@@ -395,6 +395,8 @@ def set_value(parameter: Tensor, value: Tensor) -> None:
     if parked is None:
         parameter.copy_(value)
         return
+    if parked.ring is not None:
+        parked.ring.forget()  # it may be reading the original
     parked.original.copy_(value)
     parked.store(parked.original.to(parameter.device))
 

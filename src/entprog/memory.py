@@ -5,7 +5,8 @@ corrects every later prediction. What does not fit is kept more thriftily, then 
 where training steps see smaller clips, too: the budget holds for the whole run.
 """
 
-from collections.abc import Iterator, Mapping
+import gc
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import torch
 from entprog import parallel
 from entprog.blocks import forked_rng, record_example
 from entprog.budget import Budget, Keeping
-from entprog.checkpointing import checkpoint_blocks
+from entprog.checkpointing import checkpoint_blocks, checkpointed
 from entprog.cost import outside_of
 from entprog.frozen import settle_weights
 from entprog.guards import check_parkable
@@ -37,10 +38,20 @@ def apply(prog: "EntProg", modes: Mapping[str, str], keeping: Keeping) -> None:
     prog.modes, prog.keeping, prog.stepping = dict(modes), keeping, True
     if prog.budget is not None and not prog.budget.already:
         checkpoint_blocks(prog.blocks, keeping.checkpointing)
+        name_parts(prog)
     if prog.budget is not None or prog.settings.frozen_weights:
         check_parkable(prog.optimizer, keeping.frozen_weights)
         settle_weights(prog.model, prog.blocks, keeping.frozen_weights)
     settle_state(prog)
+
+
+def name_parts(prog: "EntProg") -> None:
+    """Name the parts of blocks that run again by parts, from shapes alone: to find them a block keeps all, once."""
+    assert prog.budget is not None
+    ways = checkpointed(prog.blocks)
+    for block in prog.blocks:
+        if block.segments is None and ways.get(block.name) == "parts" and block.name in prog.budget.profile.blocks:
+            block.segments = prog.budget.profile.parts(block.name)
 
 
 def settle_stem(prog: "EntProg", modes: Mapping[str, str]) -> None:
@@ -192,16 +203,25 @@ def _tried(prog: "EntProg") -> int:
                 loss = prog.loss_fn(prog.model, batch).mean()
                 measured = held(prog, activations())
             del loss
+        elif (peak := _peak_on_gpu(prog, batch, trained)) is not None:
+            measured = peak + moments
         else:
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                loss = prog.loss_fn(prog.model, batch).mean()
-                parallel.gradients(prog.model, loss, trained)  # no hook that steps or sends them runs
-                measured = torch.cuda.max_memory_allocated() + moments
-            except torch.cuda.OutOfMemoryError:
-                measured = 2 * prog.budget.limit
+            measured = 2 * prog.budget.limit
+            gc.collect()  # what a pass that broke off has left: the next trial would be charged with it
+            torch.cuda.empty_cache()
     prog.peak_bytes = max(prog.peak_bytes, torch.cuda.max_memory_allocated() if cuda else measured - moments)
     return int(parallel.slowest(prog.model, measured))
+
+
+def _peak_on_gpu(prog: "EntProg", batch: Any, trained: Sequence[torch.nn.Parameter]) -> int | None:
+    """Most bytes allocated during a forward and backward pass, None where the GPU has too few."""
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        loss = prog.loss_fn(prog.model, batch).mean()
+        parallel.gradients(prog.model, loss, trained)  # no hook that steps or sends them runs
+        return torch.cuda.max_memory_allocated()
+    except torch.cuda.OutOfMemoryError:
+        return None
 
 
 @contextmanager

@@ -91,6 +91,10 @@ class Profile:
         """Name the blocks with self-attention of their own, those that can run in bypass_attn."""
         return [name for name in self.blocks if self._machine.cut_of(name)]
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Name the large parts of a block, which checkpointing by parts runs again one by one."""
+        return self._machine.parts_of(self._machine.kind_of[name])
+
     def kinds(self) -> dict[str, str]:
         """Return name -> name of the first block of its kind."""
         return {name: self._machine.kind_of[name] for name in self.blocks}

@@ -63,7 +63,9 @@ class Ring:
         return slot.weights[id(parked)]
 
     def forget(self) -> None:
-        """Fetch anew from here on: an original has changed."""
+        """Fetch anew from here on, once no copy is under way: an original changes."""
+        if self.stream is not None:
+            self.stream.synchronize()
         for slot in self.slots:
             slot.place = -1
 
