@@ -1,6 +1,9 @@
 """The benchmarks that need a GPU, as far as a CPU can tell: cases, bounds, the time manager, its results file."""
 
+import gc
 import json
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,23 @@ def test_a_case_without_time_left_is_listed_and_measured_by_the_next_call(gpu, t
     early.save()
     assert row["status"] == "measured" and row["seconds"] > 0 and row["bytes"] > 0
     assert case.name() in gpu.Manager(out, 0, device, shapes).result["rows"]
+
+
+@pytest.mark.parametrize(
+    "case", [("blocks", 0.5, "pass", "cpu", "parts"), ("lora",), ("full", 1.0, "", "bf16", "none")]
+)
+def test_a_case_leaves_nothing_to_the_next(gpu, monkeypatch, case):
+    made, shape = [], small(gpu)["1.3B"]
+
+    def building(*args, build=gpu.build):
+        model = build(*args)
+        made.extend(map(weakref.ref, model.parameters()))
+        return model
+
+    monkeypatch.setattr(gpu, "build", building)
+    gpu.run_case(gpu.Case("1.3B", *case, in_backward=True), shape, torch.device("cpu"), (0, 1), time.perf_counter())
+    gc.collect()
+    assert made and not any(ref() is not None for ref in made)
 
 
 def test_a_dry_run_shows_the_cases_asked_for(gpu, tmp_path: Path, capsys):
