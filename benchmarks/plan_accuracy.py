@@ -24,7 +24,7 @@ from entprog.attention import patched
 from entprog.bench import environment
 from entprog.blocks import Block, find_blocks, outside_blocks
 from entprog.checkpointing import CHECKPOINTS, checkpoint_blocks
-from entprog.measure import saved_bytes, training_bytes
+from entprog.measure import saved_bytes, tensor_bytes, training_bytes
 from entprog.meta import Flops
 from entprog.models.pose_dit import pose_dit
 from entprog.modes import preserved, set_active
@@ -169,8 +169,10 @@ class Measured:
                 for p in group:
                     p.requires_grad_(trains)
             set_active(self.blocks, active, frozen=frozen)
-            optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad])
             cuda = next(self.model.parameters()).is_cuda
+            optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], fused=cuda)
+            # inputs and cuBLAS' workspaces, more than these small models: no part of a plan
+            beside = torch.cuda.memory_allocated() - tensor_bytes(self.model.parameters()) if cuda else 0
             for _ in range(2 if cuda else 1):  # the allocator's peak is that of a step with optimizer state
                 if cuda:
                     torch.cuda.reset_peak_memory_stats()
@@ -180,7 +182,7 @@ class Measured:
                         kept = held()
                     loss.backward()
                 optimizer.step()
-                total = training_bytes(self.model, optimizer, kept + recompute)
+                total = training_bytes(self.model, optimizer, kept + recompute) - beside
                 optimizer.zero_grad(set_to_none=True)
                 del loss
         return kept, total, counter.total
@@ -195,6 +197,9 @@ def compare(name: str, device: str = "cpu", make: Callable[[], Made] | None = No
     blocks = find_blocks(model, inputs)
     predicted, measured = profile(model, inputs, blocks=blocks, device=device), Measured(model, inputs, blocks)
     able, rows = predicted.attention(), []
+    if device == "cuda":
+        measured.loss().backward()  # cuBLAS makes a workspace for each thread
+        model.zero_grad(set_to_none=True)
     checkpoint_blocks(blocks, "parts")
     for mode in ("pass", "bypass_attn"):  # finds the blocks' parts and attention, which holds more, once
         set_active(blocks, [], frozen={b.name: mode if b.name in able else "pass" for b in blocks})
