@@ -1,14 +1,17 @@
 """Discovery and exact skipping, on every family."""
 
 import copy
+import random
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from conftest import Plain, Residual, first
 from torch import nn
 from zoo import build, cosmos
 
-from entprog.blocks import Block, find_blocks, record_example
+from entprog.blocks import Block, find_blocks, forked_rng, record_example
 from entprog.modes import mode_of, set_active, skip
 
 
@@ -347,3 +350,30 @@ def test_text_weights_in_front_of_a_bypassed_last_block_get_no_gradient_rather_t
     first(model(**inputs)).square().sum().backward()
     assert model.transformer_blocks[0].ff_context.net[2].weight.grad is None, "so no optimizer decays it"
     assert model.transformer_blocks[0].ff.net[2].weight.grad.any()
+
+
+def test_forked_randomness_is_also_pythons_and_numpys_and_of_every_device(monkeypatch):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    def seeded():
+        with forked_rng(3):
+            return draw()
+
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    first, between = seeded(), draw()
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    assert between == draw() and seeded() == first
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext(seen.extend(devices)))
+    with forked_rng():
+        pass
+    assert seen == [0, 1], "torch.manual_seed sets them all"
+
+
+def test_a_part_that_the_loss_calls_before_the_model_is_no_example_of_it():
+    model, x = Plain(), torch.randn(2, 5, 8)
+    assert list(record_example(model, lambda: model(model.embed(input=x)))) == ["x"]

@@ -265,12 +265,16 @@ def record_example(model: nn.Module, run: Callable[[], Any]) -> dict[str, Any]:
     """Run something that calls the model and return the arguments of the first call, as an example for find_blocks.
 
     A wrapper that only hands *args on (PEFT's) has no names for them; the first module inside that has gives them.
+    Parts that a loss calls before the model say nothing.
     """
     seen: list[dict[str, Any]] = []
+    called = False
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        items = [] if seen else list(Arguments(module, args, kwargs).items())
-        if not seen and all(position is None for (_, position), _ in items):
+        nonlocal called
+        called |= module is model
+        items = [] if seen or not called else list(Arguments(module, args, kwargs).items())
+        if called and not seen and all(position is None for (_, position), _ in items):
             seen.append({name: value for (name, _), value in items})
 
     handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in model.modules()]

@@ -16,6 +16,7 @@ refused, since leaving it out would break that network; one that reads such feat
 
 import gc
 import inspect
+import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -39,12 +41,22 @@ KEEPS_FEATURES = (
 
 @contextmanager
 def forked_rng(seed: int | None = None) -> Iterator[None]:
-    """Run with the random state set aside, optionally from a seed, and put it back afterwards."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    """Run with the random state set aside, optionally from a seed, and put it back afterwards.
+
+    That of torch on every device, which a seed sets too, and Python's and numpy's, by which losses drop captions.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    pythons, numpys = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
+        try:
+            if seed is not None:
+                torch.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed % 2**32)
+            yield
+        finally:
+            random.setstate(pythons)
+            np.random.set_state(numpys)
 
 
 class Arguments:
