@@ -232,6 +232,10 @@ def test_ema_follows_only_what_trains_and_swaps_back(host):
     assert not torch.equal(model[1].weight, raw)
     ema.swap()
     assert torch.equal(model[1].weight, raw)
+    again = Ema(model, 0.5)
+    again.load(ema.average)
+    again.update()
+    assert torch.allclose(again.average["1.weight"], ema.average["1.weight"].lerp(raw, 0.5), atol=1e-4)
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from entprog.frozen import set_value, value_of
 
+WARM = 10**6  # updates after which the decay is the one asked for
+
 
 class Ema:
     """Average of the parameters that have ever trained, updated only on steps they train.
@@ -43,8 +45,9 @@ class Ema:
         return value.detach().to("cpu" if self.host else value.device, copy=True)
 
     def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Take over averages by name, as `average` holds them."""
+        """Take over averages by name, as `average` holds them; what `updates` lacks of them has warmed up."""
         self.average = {name: self._copy(value) for name, value in averages.items()}
+        self.updates = {name: self.updates.get(name, WARM) for name in averages}
 
     @torch.no_grad()
     def swap(self) -> None:
