@@ -11,7 +11,7 @@ from zoo import build
 from entprog.blocks import batch_size, find_blocks, first_tensor
 from entprog.measure import PeakBytes
 from entprog.modes import mode_of, skip
-from entprog.priority import PRIORITIES, agreement, score
+from entprog.priority import PRIORITIES, agreement, samples, score
 
 
 @pytest.mark.parametrize("name", PRIORITIES)
@@ -215,3 +215,27 @@ def test_every_batch_draws_noise_of_its_own(name):
     x = torch.randn(1, 3, 8)
     score(model, find_blocks(model, {"x": x}), predict, [x, x, x], name, loss_fn=loss)
     assert len(set(drawn)) == 3
+
+
+def test_a_batch_with_attributes_of_its_own_is_not_taken_apart():
+    class Batch(dict):
+        __getattr__ = dict.__getitem__
+
+    assert len(samples({"x": torch.zeros(3, 2)})) == 3
+    (whole,) = samples(Batch(x=torch.zeros(3, 2)))
+    assert whole.x.shape == (3, 2)
+
+
+def test_an_interrupted_oracle_puts_the_weights_back():
+    model, calls = Plain(), []
+    start = [p.detach().clone() for p in model.parameters()]
+
+    def loss_fn(model, batch):
+        calls.append(batch)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return model(batch).square().mean()
+
+    with pytest.raises(KeyboardInterrupt):
+        score(model, find_blocks(model), first, [torch.randn(2, 5, 8)] * 2, "oracle", loss_fn=loss_fn)
+    assert all(map(torch.equal, model.parameters(), start))

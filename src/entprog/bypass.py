@@ -19,12 +19,13 @@ from entprog.attention import attention_modules, call_detached, self_attention
 from entprog.blocks import Block, by_name, evaluating, gradients_aside
 from entprog.modes import LossFn, Predict, plain_forward, preserved, running, set_active, skip
 from entprog.probe import Arguments
+from entprog.snapshot import buffers_kept
 
 
 def _gradients(model: nn.Module, loss_fn: LossFn, batch: Any, parameters: list[nn.Parameter]) -> list[Tensor]:
-    with torch.enable_grad(), parallel.own_noise(model, 0):
+    with torch.enable_grad(), parallel.own_noise(model, 0), buffers_kept(model):
         loss = loss_fn(model, batch)
-    return parallel.mean(model, parallel.gradients(model, loss, parameters))
+        return parallel.mean(model, parallel.gradients(model, loss, parameters))
 
 
 def _agreement(approximate: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:

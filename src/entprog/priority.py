@@ -19,6 +19,7 @@ from entprog.cei import Scores, Stop, Times, by_skipping, cei, inflation, knn_en
 from entprog.cei import gaussian_entropy as gaussian
 from entprog.modes import LossFn, Predict, preserved, running, set_active
 from entprog.probe import Arguments
+from entprog.snapshot import buffers_kept
 
 Priority = Callable[..., Scores]
 
@@ -117,8 +118,8 @@ def block_influence(
 
 
 def samples(batch: Any) -> list[Any]:
-    """Split a dict of tensors with one first axis into its samples; any other batch stays whole."""
-    if not isinstance(batch, dict) or not all(isinstance(v, Tensor) and v.ndim for v in batch.values()):
+    """Split a plain dict of tensors with one first axis into its samples; any other batch stays whole."""
+    if type(batch) is not dict or not all(isinstance(v, Tensor) and v.ndim for v in batch.values()):
         return [batch]
     counts = {len(v) for v in batch.values()}
     if len(counts) != 1:
@@ -168,7 +169,8 @@ def block_gradients(
     if any(m.running_mean is None for m in plain):  # of the batch it normalises, whatever the mode
         parts = [batch]
     noise = parallel.own_noise(model, seed)
-    with preserved(model, blocks), gradients_aside(flat), _as_running(plain), noise, torch.enable_grad():
+    kept = buffers_kept(model)
+    with preserved(model, blocks), gradients_aside(flat), kept, _as_running(plain), noise, torch.enable_grad():
         set_active(blocks, blocks)
         for sample in parts:
             grads = parallel.gradients(model, loss_fn(model, sample), flat)
@@ -286,14 +288,16 @@ def oracle(
             saved = [p.detach().clone() for p in block.parameters()]
             set_active(blocks, [block])
             optimizer = torch.optim.AdamW(block.parameters(), lr=lr)
-            for step in range(steps):
-                fn(model, train[step % len(train)]).backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            row.append(before - held_out_loss())
-            with torch.no_grad():
-                for p, value in zip(block.parameters(), saved, strict=True):
-                    p.copy_(value)
+            try:
+                for step in range(steps):
+                    fn(model, train[step % len(train)]).backward()
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                row.append(before - held_out_loss())
+            finally:  # an interrupted score leaves no trace either
+                with torch.no_grad():
+                    for p, value in zip(block.parameters(), saved, strict=True):
+                        p.copy_(value)
     return make_scores("oracle", [b.name for b in blocks], torch.tensor([row]))
 
 

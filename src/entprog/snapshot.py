@@ -97,6 +97,18 @@ def changing(model: nn.Module) -> list[Tensor]:
     return [b for b in model.buffers() if b.is_floating_point() or not b.ndim]
 
 
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put back afterwards what training forward passes change beside weights, for passes that nobody trains by."""
+    before = [(b, b.clone()) for b in changing(model)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
 def _copied(state: dict[str, Any] | None, host: bool = False) -> dict[str, Any] | None:
     if not state:
         return None
