@@ -337,6 +337,13 @@ def pair_loss(model, batch):
         ({"total_steps": 0}, "total_steps is 0"),
         ({"candidates": []}, "candidates is empty"),
         ({"loss_fn": lambda model, batch: torch.zeros((), requires_grad=True)}, "call the model it is given"),
+        ({"total_steps": float("inf")}, "total_steps is inf"),
+        ({"train_batches": []}, r"train_batches is a list.*lambda: iter"),
+        ({"held_out": torch.utils.data.DataLoader(range(2))}, r"held_out is a DataLoader.*list\(loader\)"),
+        ({"loss_fn": lambda model, batch: {"loss": pair_loss(model, batch)}}, "of type dict: return a scalar"),
+        ({"loss_fn": lambda model, batch: (model(batch[0]) - batch[1]).square()}, r"of shape \(4, 3, 8\)"),
+        ({"loss_fn": lambda model, batch: pair_loss(model, [batch[0], batch.pop()])}, r"changes.*batch\[1\]"),
+        ({"loss_fn": lambda model, batch: pair_loss(model, [batch[0].mul_(0.5), batch[1]])}, r"changes.*batch\[0\]"),
     ],
 )
 def test_what_cannot_begin_is_said(change, message):

@@ -1,12 +1,16 @@
 """EntProg in a foreign loop: what trains, what moves, what is refused."""
 
-from itertools import count, islice
+from itertools import count, islice, repeat
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ZOO, Plain, first, trained_by
 
 from entprog import memory
+from entprog.budget import Keeping
+from entprog.frozen import weight_bytes
+from entprog.modes import mode_of
 from entprog.plugin import EntProg
 from entprog.strategy import STRATEGIES, Progressive
 
@@ -372,3 +376,49 @@ def test_blocks_that_may_never_train_are_scored_with_their_own_weights():
         scores.append(prog.scores.values)
     assert scores[0] == scores[1]
     assert hasattr(model.blocks[3].mlp[0].weight, "_entprog_parked"), "and parked again afterwards"
+
+
+def test_a_model_released_on_the_way_is_frozen_again_by_the_next_step():
+    model, inputs = Plain(depth=4), {"x": torch.randn(4, 5, 8)}
+    settings = Progressive(
+        schedule="fixed", active_share=0.25, skip=0.5, restore_at=1.0, stages=1, frozen_weights="int8"
+    )
+    prog, _ = loop(model, inputs, settings, steps=2)
+
+    def state():
+        return [p.requires_grad for p in model.parameters()], [mode_of(b) for b in prog.blocks], weight_bytes(model)
+
+    before, saved = state(), prog.state_dict()
+    prog.release()
+    assert "skip" in before[1] and [mode_of(b) for b in prog.blocks] == ["train"] * 4
+    prog.step(1, prog.optimizer)  # in an accumulation window
+    assert state() == before and not prog.released
+    prog.decide("later", lambda: 1)
+    assert "later" not in saved["decisions"]
+
+
+@pytest.mark.parametrize("max_memory", [None, "1GiB"])
+def test_what_is_only_measured_leaves_batch_norm_alone(max_memory):
+    torch.manual_seed(0)
+    model, batch = Plain(depth=4), {"x": torch.randn(4, 5, 8)}
+    model.norm = torch.nn.BatchNorm1d(5)
+    prog = EntProg(model, lambda m, b: m(m.norm(b["x"])).square().mean(), held_out=batch, total_steps=4, clock="model",
+                   train_batches=lambda: islice(repeat(batch), 64), max_memory=max_memory,
+                   strategy=Progressive(priority="gain", schedule="linear", stages=2))  # fmt: skip
+    prog.step(0, torch.optim.AdamW(model.parameters()))
+    assert not model.norm.running_mean.any() and not model.norm.num_batches_tracked
+
+
+def test_what_is_named_to_train_throughout_and_is_frozen_is_refused():
+    model = Plain()
+    model.embed.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"always names \['embed'\], which are frozen"):
+        loop(model, {"x": torch.randn(4, 5, 8)}, Progressive(), always=["embed", "head"])
+
+
+def test_a_measurement_that_fails_leaves_the_choice_to_park(monkeypatch):
+    prog = SimpleNamespace(optimizer_state="park", optimizer=None)
+    monkeypatch.setattr(memory, "apply", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        memory.measuring(prog, {}, Keeping())
+    assert prog.optimizer_state == "park"

@@ -25,6 +25,7 @@ from entprog.modes import set_active, set_mode
 from entprog.optim import settle_optimizer
 from entprog.priority import samples
 from entprog.schedule import PERIODS, Candidate, rotated
+from entprog.snapshot import buffers_kept
 
 if TYPE_CHECKING:
     from entprog.plugin import EntProg
@@ -35,7 +36,7 @@ def apply(prog: "EntProg", modes: Mapping[str, str], keeping: Keeping) -> None:
     active = [n for n, m in modes.items() if m == "train"]
     set_active(prog.blocks, active, frozen={n: m for n, m in modes.items() if m != "train"})
     settle_stem(prog, modes)
-    prog.modes, prog.keeping, prog.stepping = dict(modes), keeping, True
+    prog.modes, prog.keeping, prog.stepping, prog.released = dict(modes), keeping, True, False
     if prog.budget is not None and not prog.budget.already:
         checkpoint_blocks(prog.blocks, keeping.checkpointing)
         name_parts(prog)
@@ -80,6 +81,15 @@ def settle_state(prog: "EntProg") -> None:
         settle_optimizer(prog.optimizer, [p for p in inside if not p.requires_grad], prog.optimizer_state)
 
 
+def resume(prog: "EntProg") -> None:
+    """Keep everything as the present modes say: state that was loaded, or all of a model released on the way."""
+    if prog.released and prog.modes:
+        prog.tokens = prog.candidate.tokens if prog.candidate else prog.tokens
+        apply(prog, prog.modes, prog.keeping)
+    else:
+        settle_state(prog)
+
+
 def rest(prog: "EntProg", keeping: Keeping) -> None:
     """Train nothing inside blocks, run them all normally, and park all optimizer state: for scoring in a budget."""
     measuring(prog, dict.fromkeys((b.name for b in prog.blocks), "pass"), keeping)
@@ -88,8 +98,10 @@ def rest(prog: "EntProg", keeping: Keeping) -> None:
 def measuring(prog: "EntProg", modes: Mapping[str, str], keeping: Keeping) -> None:
     """Set modes in which gradients are measured and no step is taken: all optimizer state is parked."""
     state, prog.optimizer_state = prog.optimizer_state, "keep"  # only parked here, never dropped
-    apply(prog, modes, keeping)
-    prog.optimizer_state = state
+    try:
+        apply(prog, modes, keeping)
+    finally:
+        prog.optimizer_state = state
     prog.stepping = False
     if prog.optimizer is not None:
         inside = [p for b in prog.blocks for p in (*b.parameters(), *b.adapters)]
@@ -197,7 +209,7 @@ def _tried(prog: "EntProg") -> int:
     trained = [p for p in prog.model.parameters() if p.requires_grad]
     moments = moments_to_come(trained, prog.optimizer)  # the trial itself does not make them
     prog.charge(batch, backward=True)
-    with prog.ledger("search"), parallel.own_noise(prog.model, 999):
+    with prog.ledger("search"), buffers_kept(prog.model), parallel.own_noise(prog.model, 999):
         if not cuda:
             with saved_bytes(ignore=list(prog.model.parameters())) as activations:
                 loss = prog.loss_fn(prog.model, batch).mean()

@@ -13,23 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entprog import memory, parallel, run_cost
+from entprog import guards, memory, parallel, run_cost
 from entprog.attention import find_attention
 from entprog.blocks import Block, by_name, find_blocks, outside_blocks, record_example
 from entprog.budget import Budget, Keeping
 from entprog.bypass import choose_bypass
 from entprog.cei import Scores
 from entprog.cost import StepCost
-from entprog.guards import (
-    candidate_names,
-    check_adapters,
-    check_inputs,
-    check_settings,
-    check_shrunk,
-    check_switchable,
-    held_out_batches,
-    retriable,
-)
 from entprog.measure import Ledger, held_out_losses, saved_bytes
 from entprog.modes import LossFn, Predict, predict_by_loss, running
 from entprog.priority import samples
@@ -91,15 +81,15 @@ class EntProg:
         shrink: Shrink | None = None,
     ) -> None:
         self.settings = strategy or ent_prog()
-        check_inputs(clock, total_steps, self.settings, shrink)
+        guards.check_inputs(clock, total_steps, train_batches, self.settings, shrink)
         self.shrink = shrink
         self.model, self.total_steps, self.clock, self.seconds = model, total_steps, clock, seconds
         self.required = [(p, p.requires_grad) for p in model.parameters()]
-        self.held_out = held_out_batches(held_out, train_batches)
-        self.train_batches, self.loss_fn, self.t = train_batches, loss_fn, t
-        self._backward = backward or (lambda loss: loss.backward())
-        self.score_batches = score_batches or train_batches
-        self.stream = BatchStream(train_batches)
+        self.held_out = guards.held_out_batches(held_out, train_batches)
+        self.train_batches, self.loss_fn, self.t = guards.begun(train_batches), loss_fn, t
+        self._backward = guards.unscaled(backward, model) if backward else (lambda loss: loss.backward())
+        self.score_batches = guards.begun(score_batches or train_batches)
+        self.stream = BatchStream(self.train_batches)
         self.snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
         self.bypass_sets: dict[Candidate, tuple[list[str], list[dict[str, Any]]]] = {}
         self._predict = predict or predict_by_loss(loss_fn)
@@ -110,12 +100,13 @@ class EntProg:
         self.events: list[dict[str, Any]] = []
         parallel.prepared(model, blocks, self._try)
         self.blocks = list(blocks) if blocks is not None else find_blocks(model, record_example(model, self._try))
-        self.candidates = candidate_names(self.blocks, candidates)
-        check_adapters(self.settings, self.blocks)
+        self.candidates = guards.candidate_names(self.blocks, candidates)
+        guards.check_adapters(self.settings, self.blocks)
         cut = self.settings.frozen == "bypass_attn"
         self.able = find_attention(self.blocks, self._try) if cut else [b.name for b in self.blocks]  # to be bypassed
         self.new = tuple(always)
         self.always, self.stem = outside_blocks(model, self.blocks, always, self._try)
+        guards.check_always(model, always)
         self.scores: Scores | None = None
         self.skip_order: list[str] = []
         self.out: list[str] | None = None  # what still sits out; None: not chosen yet
@@ -132,7 +123,7 @@ class EntProg:
         self.unshrunk = 0  # steps since a batch was last shrunk
         self.optimizer: torch.optim.Optimizer | None = None
         self.optimizer_state = self.settings.optimizer_state or ("keep" if max_memory is None else "park")
-        self.keeping, self.stepping = Keeping(self.settings.frozen_weights), True
+        self.keeping, self.stepping, self.released = Keeping(self.settings.frozen_weights), True, False
         self.wanted: Candidate | None = None  # what the schedule chose for this stage
         self.rotating, self.turns, self.period, self.stage_step = False, 0, 0, 0
         self.waited: dict[str, int] = {}  # periods since a block last trained
@@ -162,7 +153,7 @@ class EntProg:
         return self._predict(model, batch)
 
     def _try(self) -> None:
-        self.loss_fn(self.model, self.held_out[0])
+        guards.check_loss(self.loss_fn, self.model, self.held_out[0])
 
     @property
     def active(self) -> list[str]:
@@ -175,24 +166,24 @@ class EntProg:
         Repeating it with the same step changes nothing, unless it failed. `progress` in [0, 1) replaces step /
         total_steps where a run is measured in seconds. A search trains at the optimizer's learning rate: at 0, as a
         warm-up may begin, it cannot tell, and the linear schedule's number is taken. RuntimeError if gradients are
-        pending when the trainable set has to change, ValueError if checkpointing is reentrant
-        (guards.check_switchable).
+        pending while the trainable set has to change yet, ValueError for a step or progress that goes back, and if
+        checkpointing is reentrant (guards.py).
         """
-        if self.optimizer is not optimizer:
+        if self.optimizer is not optimizer or self.released:
             self.optimizer = optimizer
-            memory.settle_state(self)  # of a resumed run
+            memory.resume(self)
         if step == self.last_step:
             return
         self.unshrunk += not self.tokens.whole
-        check_shrunk(self.unshrunk)
+        guards.check_step(self, step, progress)
         last = progress is None and step >= self.total_steps - 1 and self.settings.axes != "blocks"
         progress = min(step / self.total_steps, 1 - 1e-9) if progress is None else progress
         due = max(progress, self.settings.tokens_until) if last else progress  # the last step is at full size
         stage = min(int(progress * self.settings.stages + 1e-9), self.settings.stages - 1)
         period = memory.due(self, step, progress) if stage == self.stage else 0
         if stage != self.stage or self._restored(progress, due) or period > self.period:
-            check_switchable(self.model, by_name(self.blocks, self.candidates), optimizer, self._try)
-        with retriable(self):
+            guards.check_switchable(self.model, by_name(self.blocks, self.candidates), optimizer, self._try)
+        with guards.retriable(self), guards.epoch_kept(optimizer):
             self.last_step = step
             if stage != self.stage:
                 self._begin_stage(stage, progress)
@@ -383,6 +374,7 @@ class EntProg:
                 self._backward(self.loss(self.model, self.shrunk(batch), self.tokens))
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
+                self.model.zero_grad(set_to_none=True)  # what another optimizer holds
 
     def losses(self) -> Tensor:
         """Held-out losses (n,) of the whole network: fixed noise, raw weights, eval mode (Trial)."""
@@ -415,7 +407,7 @@ class EntProg:
             "scores": asdict(self.scores) if self.scores else None,
             "skip_order": self.skip_order,
             "out": self.out,
-            "decisions": self.decisions,
+            "decisions": dict(self.decisions),
             "search_steps": self.search_steps,
             "model_seconds": self.model_seconds,
             "costs": run_cost.state(self),
@@ -428,14 +420,15 @@ class EntProg:
         """Give the model back for use when training is over: its own weights, every block running, none checkpointed.
 
         What trained when it was built may train again. Parked optimizer state comes back to the device, unless
-        `optimizer` is False. state_dict() and save_pretrained() hold the model's own weights before that, too.
+        `optimizer` is False. state_dict() and save_pretrained() hold the model's own weights before that, too. The next
+        call of `step`, if there is one, freezes and parks again: so the whole network can be validated on the way.
         """
         memory.release(self, optimizer)
-        self.tokens = WHOLE
+        self.tokens, self.released = WHOLE, True
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where state_dict left off. ValueError if the setting is another one."""
-        check_settings(self.settings, state["settings"])
+        guards.check_settings(self.settings, state["settings"])
         self.stage, self.last_step, self.search_steps = state["stage"], state["last_step"], state["search_steps"]
         self.model_seconds = state["model_seconds"]
         run_cost.load(self, state["costs"])
