@@ -8,11 +8,12 @@ import torch
 from conftest import ZOO, Plain, first, trained_by
 
 from entprog import memory
+from entprog.blocks import find_blocks
 from entprog.budget import Keeping
 from entprog.frozen import weight_bytes
 from entprog.modes import mode_of
 from entprog.plugin import EntProg
-from entprog.strategy import STRATEGIES, Progressive
+from entprog.strategy import STRATEGIES, Progressive, add_adapters
 
 
 def loop(model, inputs, settings, steps=8, **kwargs):
@@ -46,7 +47,10 @@ def test_every_strategy_lowers_the_loss(name):
     torch.manual_seed(0)
     model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
     before = float(trained_by(inputs)(model).mean().detach())
-    prog, _ = loop(model, inputs, STRATEGIES[name](), steps=40)
+    settings, blocks = STRATEGIES[name](), find_blocks(model, inputs)
+    if settings.adapters:
+        add_adapters(model, blocks, rank=2)
+    prog, _ = loop(model, inputs, settings, steps=40, blocks=blocks)
     assert float(trained_by(inputs)(model).mean().detach()) < before
     assert prog.losses().shape == (8,), "4 samples, drawn twice"
 
