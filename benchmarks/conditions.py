@@ -28,7 +28,7 @@ from entprog.data.batches import Batch, batch_at, fixed_batches, load_data
 from entprog.data.movenet import MoveNet
 from entprog.data.prepared import Prepared
 from entprog.evaluate import evaluate
-from entprog.models.pretrained import load_model, loss_fn, predict_fn, scoring_ways
+from entprog.models.pretrained import load_model, loss_fn, precision, predict_fn, scoring_ways
 from entprog.modes import set_active
 from entprog.objective import OBJECTIVES
 from entprog.recipe import draw_videos
@@ -65,7 +65,7 @@ def trained(config: RunConfig, folder: Path, active: list[str], steps: int, out:
     with progress_bar() as show:
         for step in range(steps):
             drawn = batch(step)  # latents are kept in half precision, which autocast on a CPU does not stack
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            with precision(config, torch.device("cpu")):
                 value = loss(model, drawn).mean()
             value.backward()
             optimizer.step()

@@ -292,7 +292,7 @@ def _clip_names(config: RunConfig, data: Mapping[str, Any], count: int) -> list[
     column = data["video"]
     if not hasattr(column, "prepared"):
         raise ValueError(f"--each names videos by the ids of prepared clips, and {config.data} is not prepared")
-    return [column.prepared.records[column.indices[row]]["id"] for row in column.first(count)]
+    return list(column.ids(column.first(count)))
 
 
 def _export(args: argparse.Namespace) -> None:

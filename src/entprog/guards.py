@@ -272,10 +272,11 @@ def check_switchable(
             f"{'' if accumulating else 'while gradients are pending'}: {CALL_IT}"
         )
     _check_reached_by(optimizer, blocks)
-    if not is_sharded(model):
-        with buffers_kept(model):
-            reached = _reached_by_autograd(blocks, run)
-    if not is_sharded(model) and not reached:
+    if is_sharded(model):
+        return
+    with buffers_kept(model):
+        reached = _reached_by_autograd(blocks, run)
+    if not reached:
         raise ValueError(
             f"block {blocks[0].name} runs with autograd off in a training forward pass, as in reentrant gradient "
             "checkpointing: behind frozen blocks nothing would get a gradient. Use the non-reentrant form: "

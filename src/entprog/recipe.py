@@ -310,7 +310,7 @@ def draw_videos(
             batch, _ = first_clips(config, part, len(rows), frames or part["video"].shape[2])
             drawn = sample_clips(replace(config, seed=config.seed + rows[0]), network, batch)
             pixels = ((drawn + 1) * 127.5).round().to(torch.uint8).transpose(1, 2).contiguous()
-            videos |= {column.prepared.records[column.indices[r]]["id"]: v for r, v in zip(rows, pixels, strict=True)}
+            videos |= dict(zip(column.ids(rows), pixels, strict=True))
     return videos, column.prepared
 
 

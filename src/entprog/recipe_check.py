@@ -94,19 +94,19 @@ def check_clips(runs: Mapping[str, RunConfig], splits: Sequence[str], evaluation
     `runs` by their place in the recipe, all of one data folder, of which `splits` are evaluated. ValueError with the
     value that does not fit and what to do.
     """
+    data = next(iter(runs.values())).data
+    train = Prepared(data, "train")
+    sizes = sorted((len(group) for group in shape_groups(train.records)), reverse=True)
     for place, config in runs.items():
-        train, held_out = Prepared(config.data, "train"), Prepared(config.data, "test", config.held_out_clips)
-        for clips in (train, held_out):
+        for clips in (train, Prepared(data, "test", config.held_out_clips)):
             shortest = min(r["frames"] for r in clips.records)
             if shortest < config.frames:
-                raise ValueError(f"{place}.frames {config.frames}: split {clips.split!r} of {config.data} has clips of "
+                raise ValueError(f"{place}.frames {config.frames}: split {clips.split!r} of {data} has clips of "
                                  f"{shortest} frames, choose at most as many or prepare longer clips")  # fmt: skip
-        sizes = sorted((len(group) for group in shape_groups(train.records)), reverse=True)
         if sizes[0] < config.batch_size:
             raise ValueError(f"{place}.batch_size {config.batch_size}: clips of one shape share a batch, split 'train' "
-                             f"of {config.data} has {sizes}, choose at most {sizes[0]} or add clips")  # fmt: skip
+                             f"of {data} has {sizes}, choose at most {sizes[0]} or add clips")  # fmt: skip
     for split in splits:
-        data = next(iter(runs.values())).data
         side = min(min(r["height"], r["width"]) for r in Prepared(data, split, evaluation["clips"]).records)
         for net in (n for n in evaluation["networks"] if n in BACKBONES):
             if side < (smallest := BACKBONES[net].smallest):

@@ -70,8 +70,8 @@ def sample(
     guidance_scale w > 1 moves the prediction away from the one without the `guided` conditions,
     prediction = without + w (with - without), at twice the cost. With `window`, F may be larger than what the model
     was trained on: at every step the predictions of overlapping windows are cross-faded. `shared_noise` is that of
-    `frame_noise`: the more of it, the steadier the video. ValueError for a condition
-    that is not given, for an unknown sampler and for fewer than one step.
+    `frame_noise`: the more of it, the steadier the video. ValueError for a condition that is not given, for an unknown
+    sampler and for fewer than one step.
     """
     guided = (guided,) if isinstance(guided, str) else tuple(guided)
     if guidance_scale != 1 and (not guided or set(guided) - set(conditions)):

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from entprog.blocks import forked_rng, on_host
+from entprog.guards import begun
 from entprog.schedule import Candidate
 from entprog.snapshot import Snapshot, back_on_error
 
@@ -100,12 +101,10 @@ class BatchStream:
         return self.drawn[index]()
 
     def _next(self) -> Any:
-        for attempt in range(2):
-            if attempt:
-                self.source = iter(self.make())
-            for batch in self.source:
-                return batch
-        raise ValueError("train_batches() yields no batch: pass a callable that gives a new iterator at each call")
+        for batch in self.source:
+            return batch
+        self.source = begun(self.make)()
+        return next(self.source)
 
 
 def _itself(batch: Any) -> Any:

@@ -68,6 +68,10 @@ class Stored:
         """Return the first `count` rows that can share a batch: of several shapes, those of the first clip's."""
         return self.buckets()[0][:count]
 
+    def ids(self, rows: Sequence[int]) -> list[str]:
+        """Return the ids of the clips in some rows."""
+        return [self.prepared.records[self.indices[row]]["id"] for row in rows]
+
     def take(self, rows: Sequence[int], windows: Sequence[slice] | None = None) -> Tensor:
         """Read rows, of each only the frames of its window; stacked."""
         read = []
