@@ -1,6 +1,6 @@
 """Do blocks that sit out and come back reach full training's loss sooner? Plans at equal FLOPs, PoseDiT and a tiny Wan.
 
-    python benchmarks/skip_restore.py                # about an hour of one core; results/skip_restore.json, resumable
+    python benchmarks/skip_restore.py                # 80 minutes of one core; results/skip_restore.json, resumable
     python benchmarks/skip_restore.py --only dev     # one part; runs that are in the file are not repeated
 
 A plan says how many blocks sit out, until which share of the run, how they come back (schedule.RESTORES), by which
@@ -8,6 +8,7 @@ order they are chosen, and what trains meanwhile. Plans are chosen on `dev` alon
 chosen plan, full training and the prototype's plan are then compared on tasks, people and motions of their own:
 
     figures      PoseDiT-T, the same domain, other people, motions, batches and noise
+    long         the same for five times as many FLOPs, on other clips again
     wan          a Wan transformer of 1.6 M parameters, pretrained here on plain figures, fine-tuned on the others
 
 All spend the same FLOPs (cost.py), the scoring that the order of blocks takes among them; everything outside blocks
@@ -72,8 +73,12 @@ class Plan:
 
 FULL, HALF = Plan(), Plan(trains="half")
 PROTOTYPE = Plan(0.5, "half", order="cei")  # what won before there was a library
-COMPARED = {"figures": ("full", "chosen"), "wan": ("full", "chosen", "prototype")}
-FEWER = {"prototype": 2}  # seeds
+COMPARED = {
+    "figures": ("full", "chosen"),
+    "long": ("full", "chosen", "prototype", "top half"),
+    "wan": ("full", "chosen", "prototype"),
+}
+FEWER = {("wan", "prototype"): 2}  # seeds
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Task:
 TASKS: dict[str, Callable[[int], Task]] = {
     "dev": lambda seed: Task("base", seed=seed),
     "figures": lambda seed: Task("base", seed=100 + seed, held_out=888),
+    "long": lambda seed: Task("base", seed=200 + seed, held_out=999, steps=600),
     "wan dev": lambda seed: Task("wan", seed=seed, steps=100),
     "wan": lambda seed: Task("wan", seed=300 + seed, held_out=1111, steps=100),
 }
@@ -277,11 +283,11 @@ def compare(runs: Runs, name: str, plans: dict[str, Plan], seeds: Sequence[int])
     rows: dict[str, Any] = {}
     for seed in seeds:  # all plans of a seed before the next
         for label, plan in plans.items():
-            if seed in seeds[: FEWER.get(label)]:
+            if seed in seeds[: FEWER.get((name, label))]:
                 runs(name, seed, plan)
     for label, plan in plans.items():
         rows[label] = {"plan": str(plan), "loss": [], "minus_full": [], "sooner": [], "steps": []}
-        for seed in seeds[: FEWER.get(label)]:
+        for seed in seeds[: FEWER.get((name, label))]:
             found, full = runs(name, seed, plan), runs(name, seed, plans["full"])
             difference = paired_difference(found["losses"], full["losses"])
             goal = reached(full["curve"], full["curve"][-1][1])

@@ -1,5 +1,6 @@
 """Shares of blocks become counts by size; equal sizes count as plain numbers do."""
 
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from entprog.blocks import Block
 from entprog.schedule import (
     RESTORES,
     SCHEDULES,
+    UNSEARCHED,
     Candidate,
     at_least_one,
     at_most,
@@ -115,3 +117,12 @@ def test_what_sits_out_is_nested_and_leaves_something_to_train(active, skipped):
         assert set(block_sets(Candidate(active, fewer), ranking, order)[1]) <= set(out)
     kept = block_sets(Candidate(active, skipped), ranking, order, out[:2])[1]
     assert kept == out[:2], "who is back stays"
+
+
+@pytest.mark.parametrize("name", UNSEARCHED)
+def test_what_is_said_never_to_search_never_does(name):
+    """A run by it keeps no clips back: search=None would raise if it were asked."""
+    for stages, skip, axes in itertools.product((1, 2, 5), (0.0, 0.5), ("blocks", "blocks,tokens")):
+        settings, previous = Progressive(skip=skip, axes=axes, stages=stages), None
+        for stage in range(stages):
+            previous = SCHEDULES[name](stage, stages, 8, settings, previous, None)

@@ -183,6 +183,15 @@ def test_inactive_blocks_are_bit_identical_after_training(tmp_path):
     assert any(k.startswith("pose_guider.") for k in moved)
 
 
+@pytest.mark.parametrize(("schedule", "kept_back"), [("linear", 0), ("fixed", 0), ("adaptive", 3)])
+def test_clips_are_kept_back_only_where_a_search_judges_by_them(schedule, kept_back, tmp_path):
+    run = make(replace(TINY, strategy="ent-prog", schedule=schedule), tmp_path)
+    assert len(run.data["video"]) == 24 - kept_back
+    judges = torch.cat([b["video"] for b in run.judged_by])
+    trained = {clip.numpy().tobytes() for clip in run.data["video"]}
+    assert all((clip.numpy().tobytes() in trained) == (not kept_back) for clip in judges)
+
+
 def test_lora_saves_a_plain_merged_model(tmp_path):
     trainer = make(replace(TINY, strategy="lora"), tmp_path)
     trainer.run()

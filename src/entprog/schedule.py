@@ -162,6 +162,7 @@ def nearest_to_linear(options: Sequence[Candidate], stage: int, count: Sizes, se
 
 
 SCHEDULES: dict[str, Schedule] = {"fixed": fixed, "linear": linear, "adaptive": adaptive}
+UNSEARCHED = ("fixed", "linear")  # never ask `search`, so that a run need not keep clips back to judge by
 
 
 # -- blocks that sit out come back -------------------------------------------------------------------------------------

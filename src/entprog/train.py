@@ -38,6 +38,7 @@ from entprog.optim import cosine
 from entprog.parallel import agreed, data_parallel, on_cpus
 from entprog.plugin import EntProg
 from entprog.profiling import cost_of, trained_outside
+from entprog.schedule import UNSEARCHED
 from entprog.strategy import add_adapters, add_lora
 from entprog.tokens import WHOLE, Tokens
 
@@ -59,9 +60,11 @@ class Trainer:
         on_progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.config, self.out = config, out
-        kept_back = max(1, min(32, len(data["video"]) // 8)) if config.progressive() else 0
-        self.data = {k: v[: len(v) - kept_back] for k, v in data.items()}
-        judges = {k: v[len(v) - kept_back :] for k, v in data.items()}
+        clips, settings = len(data["video"]), config.progressive()
+        searched = settings is not None and settings.schedule not in UNSEARCHED
+        kept_back = max(1, min(32, clips // 8)) if searched else 0
+        self.data = {k: v[: clips - kept_back] for k, v in data.items()}
+        judges = {k: v[clips - (kept_back or min(clips, config.batch_size)) :] for k, v in data.items()}
         self.ledger = Ledger()
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpus())
         self.writes = self.accelerator.is_main_process
@@ -72,7 +75,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.model = model.to(self.device).train()
         self.held_out = self._fixed(held_out)
-        self.judged_by = self._fixed(judges) if kept_back else []
+        self.judged_by = self._fixed(judges) if settings else []
         self.log = RunLog(out)
         self.blocks = find_blocks(model, record_example(model, lambda: self.loss_fn(model, self.held_out[0])))
         self.candidates = candidate_blocks(self.blocks, config.candidates)
