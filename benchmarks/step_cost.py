@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from entprog.bench import environment, tiny_wan, wan_loss
 from entprog.blocks import Block, evaluating, find_blocks, first_tensor, forked_rng, record_example
+from entprog.bypass import fidelity
 from entprog.data.batches import fixed_batches
 from entprog.data.synthetic import figures
 from entprog.frozen import settle_weights
 from entprog.measure import saved_bytes, training_bytes
 from entprog.meta import Flops
 from entprog.models.pretrained import load_model, loss_fn
-from entprog.modes import fidelity, preserved, set_active
+from entprog.modes import preserved, set_active
 from entprog.objective import OBJECTIVES
 from entprog.plan import modes_for
 from entprog.schedule import at_least_one

@@ -115,16 +115,16 @@ class PoseDiTAttention(nn.Module):
         self.num_heads, self.axis = num_heads, axis
 
     def forward(self, x: Tensor, qkv: nn.Module, proj: nn.Module) -> Tensor:
-        q, k, v = qkv(x).chunk(3, dim=-1)  # (B, F+1, N, D)
-        if self.axis == "space":
+        if self.axis == "time":
+            x = x.transpose(1, 2)  # (B, N, F+1, D); one copy here is cheaper than one each of q, k and v
+        q, k, v = qkv(x).chunk(3, dim=-1)
+        if self.axis == "space":  # (B, F+1, N, D)
             reference_k, reference_v = k[:, :1].expand_as(k), v[:, :1].expand_as(v)
             k, v = torch.cat((k, reference_k), dim=2), torch.cat((v, reference_v), dim=2)  # (B, F+1, 2N, D)
-        else:
-            q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, N, F+1, D)
-        q, k, v = (z.unflatten(-1, (self.num_heads, -1)).transpose(2, 3).flatten(0, 1) for z in (q, k, v))
-        y = attend(q, k, v)
-        y = y.unflatten(0, (x.shape[0], -1)).transpose(2, 3).flatten(-2)
-        return proj(y if self.axis == "space" else y.transpose(1, 2))
+            q = q.contiguous()  # a part of qkv(x) would keep all of it for backward
+        q, k, v = (z.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in (q, k, v))
+        y = proj(attend(q, k, v).transpose(1, 2).flatten(-2)).unflatten(0, x.shape[:2])
+        return y if self.axis == "space" else y.transpose(1, 2)
 
 
 class PoseDiTBlock(nn.Module):
