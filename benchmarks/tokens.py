@@ -1,10 +1,11 @@
 """The token axis on drawn figures: smaller clips first, at equal FLOPs; and where smaller tokens should lie.
 
-    python benchmarks/tokens.py --seeds 0 1 2            # benchmarks/results/tokens.json
+    python benchmarks/tokens.py                                                          # results/tokens.json
+    python benchmarks/tokens.py --part runs --seconds 240 --only full blocks both both,-every-second-frame
 
 Runs: PoseDiT-T, the embedded base, as in `entprog demo`, but by the model clock (10 GFLOP a second), so that FLOPs
 decide and the machine's load does not. Held-out losses are of whole clips, compared sample by sample with full training
-of the same seed. Runs that are there already are not repeated.
+of the same seed, and over seeds. Runs that are there already are not repeated; each budget has its rows in the file.
 
 Positions: a small Wan transformer is trained from nothing on the figures' source domain, then for some steps on
 half-sized clips of the target domain, its rotary positions as they come (0, 1, 2 ...) or spread over the whole grid
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 
 from entprog.bench import environment, paired_difference, train_run
 from entprog.blocks import forked_rng
-from entprog.config import RunConfig, demo
+from entprog.config import DEMO_RATES, RunConfig, demo
 from entprog.data.batches import batch_at, fixed_batches
 from entprog.data.synthetic import figures
 from entprog.measure import held_out_losses
+from entprog.metrics.protocol import bootstrap_interval
 from entprog.tokens import Tokens, shrinker
 
 HERE = Path(__file__).parent
@@ -40,17 +42,19 @@ ALL: dict[str, Any] = {
     "stages": 1,
     "priority": "first",
 }
-FRAMES = ((0.5, 1.0),)
+BOTH: dict[str, Any] = {"axes": "blocks,tokens", "token_grid": ((0.5, 1.0),), "tokens_until": 0.5}
+HALF_SIZE: dict[str, Any] = {"token_grid": ((1.0, 0.5),)}
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"strategy": "full"},
+    "full at blocks' rate": {"strategy": "full", "lr": DEMO_RATES["ent-prog"]},
     "blocks": {},
-    "tokens": ALL | {"axes": "blocks,tokens", "token_grid": FRAMES, "tokens_until": 0.5},
-    "both": {"axes": "blocks,tokens", "token_grid": FRAMES, "tokens_until": 0.5},
+    "tokens": ALL | BOTH,
+    "both": BOTH,
+    "both, every second frame": BOTH | {"token_frames": "strided"},
 }
 FIRST_SEED: dict[str, dict[str, Any]] = {  # tried with the first seed only
-    "half size": ALL | {"axes": "blocks,tokens", "token_grid": ((1.0, 0.5),), "tokens_until": 0.5},
-    "half size, positions kept": ALL
-    | {"axes": "blocks,tokens", "token_grid": ((1.0, 0.5),), "tokens_until": 0.5, "token_positions": "kept"},
+    "half size": ALL | BOTH | HALF_SIZE,
+    "half size, positions kept": ALL | BOTH | HALF_SIZE | {"token_positions": "kept"},
 }
 
 
@@ -61,30 +65,35 @@ def config_of(name: str, seconds: float, seed: int) -> RunConfig:
     return replace(base, clock="model", samples=0, held_out_clips=64, checkpoint_every=10_000, evaluations=2, **changes)
 
 
-def compared(folder: Path, seconds: float, seeds: list[int]) -> dict[str, Any]:
+def compared(folder: Path, seconds: float, seeds: list[int], names: list[str]) -> dict[str, Any]:
     """Train every run and compare its held-out losses with full training's."""
     found: dict[str, Any] = {}
     for seed in seeds:
-        for name in (*RUNS, *(FIRST_SEED if seed == seeds[0] else ())):
-            result = train_run(
-                config_of(name, seconds, seed), folder / f"{seed}" / name.replace(",", "").replace(" ", "-")
-            )
+        for name in names if seed == seeds[0] else [n for n in names if n in RUNS]:
+            out = folder / f"{seconds:g}" / f"{seed}" / slug(name)
+            result = train_run(config_of(name, seconds, seed), out)
             found.setdefault(name, {})[seed] = result
             print(seed, name, result["steps"], f"{result['held_out']['loss']:.5f}", flush=True)
-    return {
-        name: {
+    rows: dict[str, Any] = {}
+    for name, of_seed in found.items():
+        against = {s: paired_difference(r["held_out_losses"], found["full"][s]["held_out_losses"])
+                   for s, r in of_seed.items()}  # fmt: skip
+        differences = torch.tensor([d["difference"] for d in against.values()], dtype=torch.float64)
+        rows[name] = {
             "settings": (RUNS | FIRST_SEED)[name],
             "loss": mean(r["held_out"]["loss"] for r in of_seed.values()),
             "losses": {s: r["held_out"]["loss"] for s, r in of_seed.items()},
             "steps": {s: r["steps"] for s, r in of_seed.items()},
             "curve": {s: [(p["net_seconds"], p["loss"]) for p in r["curve"]] for s, r in of_seed.items()},
-            "minus_full": {
-                s: paired_difference(r["held_out_losses"], found["full"][s]["held_out_losses"])
-                for s, r in of_seed.items()
-            },
+            "minus_full": against,
+            "minus_full_over_seeds": [differences.mean().item(), *bootstrap_interval(differences)],
         }
-        for name, of_seed in found.items()
-    }
+    return rows
+
+
+def slug(name: str) -> str:
+    """Return a run's name as a folder's."""
+    return name.replace(" ", "-")
 
 
 # -- rotary positions --------------------------------------------------------------------------------------------------
@@ -176,8 +185,10 @@ def steps(model: nn.Module, data: Any, count: int, lr: float, seed: int, made: A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of the model clock, for each run")
+    parser.add_argument("--seconds", type=float, default=80.0, help="of the model clock, for each run")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    names = {slug(name): name for name in (*RUNS, *FIRST_SEED)}
+    parser.add_argument("--only", nargs="*", choices=list(names), default=list(names), help="runs; full among them")
     parser.add_argument("--part", choices=["runs", "positions", "both"], default="both")
     parser.add_argument("--runs", type=Path, default=Path("runs/tokens"))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "tokens.json")
@@ -185,7 +196,8 @@ def main() -> None:
     torch.set_num_threads(1)
     record = json.loads(args.out.read_text()) if args.out.exists() else {}
     for count in range(1, len(args.seeds) + 1) if args.part != "positions" else ():
-        record["runs"] = {"model_seconds": args.seconds} | compared(args.runs, args.seconds, args.seeds[:count])
+        rows = compared(args.runs, args.seconds, args.seeds[:count], [names[n] for n in args.only])
+        record.setdefault("runs", {})[f"{args.seconds:g} model seconds"] = rows
         args.out.write_text(json.dumps(record | environment(), indent=1) + "\n")
     if args.part != "runs":
         record["positions"] = positions(args.seeds)
