@@ -46,7 +46,7 @@ BOTH: dict[str, Any] = {"axes": "blocks,tokens", "token_grid": ((0.5, 1.0),), "t
 HALF_SIZE: dict[str, Any] = {"token_grid": ((1.0, 0.5),)}
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"strategy": "full"},
-    "full at blocks' rate": {"strategy": "full", "lr": DEMO_RATES["ent-prog"]},
+    "full, twice the rate": {"strategy": "full", "lr": 2 * DEMO_RATES["full"]},
     "blocks": {},
     "tokens": ALL | BOTH,
     "both": BOTH,
