@@ -1,7 +1,7 @@
 """The token axis on drawn figures: smaller clips first, at equal FLOPs; and where smaller tokens should lie.
 
     python benchmarks/tokens.py                                                          # results/tokens.json
-    python benchmarks/tokens.py --part runs --seconds 240 --only full blocks both both,-every-second-frame
+    python benchmarks/tokens.py --part runs --seconds 240 --seeds 3 4 5
 
 Runs: PoseDiT-T, the embedded base, as in `entprog demo`, but by the model clock (10 GFLOP a second), so that FLOPs
 decide and the machine's load does not. Held-out losses are of whole clips, compared sample by sample with full training
@@ -46,13 +46,15 @@ BOTH: dict[str, Any] = {"axes": "blocks,tokens", "token_grid": ((0.5, 1.0),), "t
 HALF_SIZE: dict[str, Any] = {"token_grid": ((1.0, 0.5),)}
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"strategy": "full"},
-    "full, twice the rate": {"strategy": "full", "lr": 2 * DEMO_RATES["full"]},
+    "full, half the batch": {"strategy": "full", "batch_size": 2},  # as many tokens a step as with half of the frames
     "blocks": {},
+    "blocks, half the batch": {"batch_size": 2},
     "tokens": ALL | BOTH,
     "both": BOTH,
     "both, every second frame": BOTH | {"token_frames": "strided"},
 }
 FIRST_SEED: dict[str, dict[str, Any]] = {  # tried with the first seed only
+    "full, twice the rate": {"strategy": "full", "lr": 2 * DEMO_RATES["full"]},
     "half size": ALL | BOTH | HALF_SIZE,
     "half size, positions kept": ALL | BOTH | HALF_SIZE | {"token_positions": "kept"},
 }

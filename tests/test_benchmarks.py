@@ -2,6 +2,7 @@
 
 import gc
 import json
+import runpy
 import time
 import weakref
 from pathlib import Path
@@ -12,6 +13,12 @@ import torch
 from entprog.meta import Flops
 
 ROOT = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize("script", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py")))
+def test_every_script_finds_what_it_imports(script: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
+    runpy.run_path(str(ROOT / script))  # not as __main__
 
 
 @pytest.fixture

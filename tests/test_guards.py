@@ -77,6 +77,7 @@ def in_steps(model, steps, optimizer=None, clear=True):
     [
         ([0, 1, 0], r"prog.step\(0\) after 1.*whole run"),
         ([(0, -0.1)], "progress is -0.1"),
+        ([(0, 0.0), (1, 12.5)], "progress is 12.5.*share of the whole run"),
         ([(0, float("nan"))], "progress is nan"),
         ([(0, 0.0), (1, 0.6), (2, 0.1)], "progress is 0.1, and stage 2 has begun at 0.5"),
     ],
@@ -95,6 +96,28 @@ def test_gradients_that_the_optimizer_lacks_are_nobodys_to_clear():
     model = Plain()
     prog = in_steps(model, range(8), torch.optim.SGD(model.blocks.parameters(), lr=0.1))
     assert len(prog.active) == 4 and model.head.weight.grad is not None
+
+
+def test_a_model_that_another_entprog_has_switched_is_refused_until_it_is_released():
+    model = Plain()
+    for p in model.head.parameters():
+        p.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    first = in_steps(model, range(3))
+    with pytest.raises(ValueError, match="as another EntProg has left them.*release"):
+        in_steps(model, range(3))
+    first.release()
+    assert [p.requires_grad for p in in_steps(model, range(8)).model.parameters()] == before
+
+
+def test_blocks_that_their_owner_has_frozen_stay_so_unless_all_are():
+    model = Plain()
+    model.blocks[1].requires_grad_(False)
+    prog = in_steps(model, range(8))
+    assert prog.candidates == [b.name for i, b in enumerate(prog.blocks) if i != 1] == prog.active
+    everything = Plain()
+    everything.requires_grad_(False)
+    assert len(in_steps(everything, range(8)).active) == 4
 
 
 @pytest.mark.parametrize("unscales", [False, True])

@@ -127,6 +127,7 @@ def test_named_new_modules_train_throughout_and_frozen_ones_are_never_enabled():
     assert all(p.requires_grad for p in model.pose_guider.parameters())
     always = {id(p) for p in prog.always}
     assert {id(p) for m in (model.pose_guider, model.final_layer) for p in m.parameters()} == always
+    prog.release()
     with pytest.raises(ValueError, match="always names"):
         loop(model, inputs, settings, always=["pose_encoder"])
 
@@ -153,9 +154,8 @@ def test_repeating_a_step_changes_nothing_and_pending_gradients_are_refused():
 
 def test_state_dict_continues_and_refuses_another_setting():
     inputs = {"x": torch.randn(4, 5, 8)}
-    model = Plain()
-    prog, _ = loop(model, inputs, Progressive(schedule="linear", stages=4), steps=6)
-    other = EntProg(model, trained_by(inputs), held_out=None, train_batches=lambda: range(8), total_steps=6,
+    prog, _ = loop(Plain(), inputs, Progressive(schedule="linear", stages=4), steps=6)
+    other = EntProg(Plain(), trained_by(inputs), held_out=None, train_batches=lambda: range(8), total_steps=6,
                     strategy=Progressive(schedule="linear", stages=4))  # fmt: skip
     other.load_state_dict(prog.state_dict())
     assert other.active == prog.active and other.modes == prog.modes and other.scores == prog.scores

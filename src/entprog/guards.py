@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -37,6 +38,8 @@ BEGUN = (
     "out",
 )
 
+SWITCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # blocks as an EntProg has switched them, not released since
+
 CALL_IT = (
     "call it once per optimizer step, before the forward pass (with Accelerate: before `with "
     "accelerator.accumulate(model)`) and after zero_grad(set_to_none=True)"
@@ -59,6 +62,15 @@ def check_inputs(clock: str, total_steps: int, train_batches: Any, settings: "Pr
             f"axes {settings.axes!r} trains on smaller batches, and how yours get smaller only you know: give "
             "shrink(batch, tokens) -> batch, as entprog.shrinker({'latents': 'BCFHW'}) builds it, and compute the loss "
             "of prog.shrunk(batch); or set axes to 'blocks'"
+        )
+
+
+def check_released(model: nn.Module) -> None:
+    """Refuse a model that another EntProg has switched: what it has frozen would pass for frozen by its owner."""
+    if any(module in SWITCHED for module in model.modules()):
+        raise ValueError(
+            "the model's blocks are frozen and run as another EntProg has left them: call its release() first, or load "
+            "the model anew"
         )
 
 
@@ -188,7 +200,7 @@ def check_step(prog: "EntProg", step: int, progress: float | None) -> None:
             "epoch; going back to a checkpoint needs load_state_dict, training anew a new EntProg"
         )
     least = max(0, prog.stage) / prog.settings.stages
-    if progress is not None and not least - 1e-6 <= progress < math.inf:
+    if progress is not None and not least - 1e-6 <= progress < 1.5:  # a little late is no mistake, percents are
         raise ValueError(
             f"progress is {progress}, and stage {prog.stage + 1} has begun at {least}: give the share of the whole run "
             "that is over, in [0, 1), which never falls, not after a resume either"
@@ -227,14 +239,15 @@ def held_out_batches(held_out: Any, train_batches: Callable[[], Iterable[Any]]) 
 
 
 def candidate_names(blocks: Sequence[Block], candidates: Sequence[str] | None) -> list[str]:
-    """Return the names of the blocks that may ever train: those asked for, by default all.
+    """Return the names of the blocks that may ever train, by default of those that hold a parameter which does.
 
-    Where adapters lie in some blocks and those without any came frozen, they stay so by default: their owner has
-    chosen what trains. ValueError for none, and for unknown names.
+    Their owner has chosen what trains, then; all blocks where none does and none holds adapters. ValueError for none,
+    and for unknown names.
     """
     if candidates is None:
-        adapted = any(b.apart for b in blocks)
-        candidates = [b.name for b in blocks if not adapted or any(p.requires_grad for p in b.module.parameters())]
+        candidates = [b.name for b in blocks if any(p.requires_grad for p in b.module.parameters())]
+        if not candidates and not any(b.apart for b in blocks):
+            candidates = [b.name for b in blocks]
     if not candidates:
         raise ValueError(f"candidates is empty: name blocks that may train, of {[b.name for b in blocks]}")
     return [b.name for b in by_name(list(blocks), candidates)]

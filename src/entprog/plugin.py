@@ -44,10 +44,11 @@ class EntProg:
     loss_fn(model, batch): scalar or per-sample (B,) loss. held_out: a batch or list of batches that judge searches.
     train_batches: callable that yields what searches train on (begun again when it runs out) and, unless score_batches
     is given, what scores are taken on. predict: raw prediction (B, ...), by default the first tensor of the forward
-    that loss_fn makes. candidates: names of the blocks that may ever train, by default all. backward: backward(loss),
-    with scaler and clipping. always: names of what was made for the task. t(batch) -> (B,) times for per-tau scores.
-    ledger: charged with scoring and search. decide(key, compute): compute(), or what was recorded before a resume.
-    max_memory: what training may hold, as "24GiB" or bytes; of the candidates those train that fit (budget.py).
+    that loss_fn makes. candidates: names of the blocks that may ever train, by default those that do now, or all.
+    backward: backward(loss), with scaler and clipping. always: names of what was made for the task. t(batch) -> (B,)
+    times for per-tau scores. ledger: charged with scoring and search. decide(key, compute): compute(), or what was
+    recorded before a resume. max_memory: what training may hold, as "24GiB" or bytes; of the candidates those train
+    that fit (budget.py).
     shrink(batch, tokens) -> batch: with axes="blocks,tokens", a batch of fewer or smaller frames (tokens.py); the loop
     then computes loss_fn(model, prog.shrunk(batch)).
 
@@ -82,6 +83,7 @@ class EntProg:
     ) -> None:
         self.settings = strategy or ent_prog()
         guards.check_inputs(clock, total_steps, train_batches, self.settings, shrink)
+        guards.check_released(model)
         self.shrink = shrink
         self.model, self.total_steps, self.clock, self.seconds = model, total_steps, clock, seconds
         self.required = [(p, p.requires_grad) for p in model.parameters()]

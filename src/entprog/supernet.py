@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from entprog.blocks import forked_rng, on_host
-from entprog.guards import begun
 from entprog.schedule import Candidate
 from entprog.snapshot import Snapshot, back_on_error
 
@@ -101,10 +100,12 @@ class BatchStream:
         return self.drawn[index]()
 
     def _next(self) -> Any:
-        for batch in self.source:
-            return batch
-        self.source = begun(self.make)()
-        return next(self.source)
+        for attempt in range(2):  # guards.begun would hold on to the first batch
+            if attempt:
+                self.source = iter(self.make())
+            for batch in self.source:
+                return batch
+        raise ValueError("train_batches() yields no batch: pass a callable that gives a new iterator at each call")
 
 
 def _itself(batch: Any) -> Any:

@@ -238,6 +238,8 @@ class Trainer:
 
     def _step_strategy(self, progress: float) -> None:
         if self.prog:
+            if self.device.type == "cuda":  # what this stage's scores and searches hold, not what steps held before
+                torch.cuda.reset_peak_memory_stats()
             before = self.prog.model_seconds
             self.prog.step(self.step, self.optimizer, progress)
             self.model_seconds += self.prog.model_seconds - before
