@@ -137,6 +137,12 @@ def test_adapters_that_nobody_put_in_are_refused():
         loop(Plain(), {"x": torch.randn(4, 5, 8)}, Progressive(adapters=True, frozen="pass"))
 
 
+def test_the_deciding_priority_is_not_measured_beside_itself():
+    settings = Progressive(priority="cei", also_score=("cei", "cei_abs"), schedule="linear", stages=2)
+    prog, _ = loop(Plain(), {"x": torch.randn(4, 5, 8)}, settings, steps=4)
+    assert [e["priority"] for e in prog.events if e["event"] == "score"] == ["cei_abs", "cei"]
+
+
 def test_repeating_a_step_changes_nothing_and_pending_gradients_are_refused():
     model, inputs = Plain(), {"x": torch.randn(4, 5, 8)}
     loss_fn = trained_by(inputs)

@@ -244,7 +244,7 @@ class Budget:
         """Refuse a budget in which the costliest single block cannot train, or nothing be scored."""
         largest = max(candidates, key=lambda n: self.sizes[n])
         modes = dict.fromkeys(self.sizes, "pass") | {largest: "train"}
-        scored = [SUMS[p] for p in (self.settings.priority, *self.settings.also_score) if p in SUMS]
+        scored = [SUMS[p] for p in (self.settings.priority, *self.settings.beside) if p in SUMS]
         group, sums = (max(self.sizes.values()), max(scored) * max(self.counts.values())) if scored else (0, 0)
         needs = [
             min((self.training(modes, k), f"training one block, {k}") for k in self.options()),

@@ -37,7 +37,7 @@ def rank(prog: "EntProg", progress: float) -> None:
         settle_weights(prog.model, prog.blocks, None)  # the next switch parks again
     names = [b.name for b in prog.blocks]  # a zero-initialised block takes its host's place
     prog.scores = with_inherited(_scored(prog, settings.priority, batches, stop), names)
-    for other in settings.also_score:
+    for other in settings.beside:
         half = max(2, batches // 2)  # for the record, at half the price
         beside = with_inherited(_scored(prog, other, half, stop), names)
         prog.emit("score", progress, **asdict(beside), agreement=agreement(beside, prog.scores))
@@ -56,7 +56,7 @@ def batches_within_budget(prog: "EntProg") -> int:
     by_skipping = (1 + len(prog.blocks) / 2) / 3 * prog.full_step_seconds()
     passes = {"grad_norm": 1, "gain": 2}.get(prog.settings.priority)
     per_batch = passes * run_cost.gradient_seconds(prog) if passes else by_skipping
-    per_batch += 0.5 * by_skipping * len(prog.settings.also_score)
+    per_batch += 0.5 * by_skipping * len(prog.settings.beside)
     return int(min(64, max(4, prog.settings.score_budget * prog.seconds / per_batch)))
 
 

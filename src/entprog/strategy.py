@@ -82,6 +82,11 @@ class Progressive:
             return [WHOLE]
         return sorted({Tokens(*pair) for pair in self.token_grid} | {WHOLE}, key=lambda t: (t.share, t))
 
+    @property
+    def beside(self) -> list[str]:
+        """Return the priorities that are measured for the record alone."""
+        return [name for name in self.also_score if name != self.priority]
+
     def stem_trains(self, first_block_trains: bool) -> bool:
         """Return whether pretrained modules outside blocks train now."""
         return {"always": True, "never": False, "late": first_block_trains}[self.stem]
