@@ -4,7 +4,8 @@
 
 runs the recipe once for each seed into OUT/seed-N (from the same base if the recipe names one) and writes
 benchmarks/results/human_seeds.json: for each split and measure the means of every seed, and the paired difference
-(last strategy minus first) with a bootstrap interval over clips within a seed and over all seeds' clips together.
+(last strategy minus first) with a bootstrap interval over clips within a seed and over all seeds' clips together; and
+the means of the rows beside the generated clips: truth, the reference as a still, the clip of another pose.
 Finished seeds are not repeated. With --apart the strategies of a seed run at once, each in a process of its own into
 OUT/seed-N/STRATEGY: equal wall time on cores that are equally loaded.
 """
@@ -51,11 +52,26 @@ def summary(found: list[dict[str, Any]], one: str, other: str) -> dict[str, Any]
     return out
 
 
+def beside(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means of one split's other rows, {row: {measure: {strategy: one a seed}}}; those of truth and still are alike."""
+    out: dict[str, Any] = {}
+    for row, of_row in next(iter(found[0].values()))["rows"].items():
+        if row != "generated":
+            out[row] = {name: {s: [f[s]["rows"][row]["means"][name]["mean"] for f in found] for s in found[0]}
+                        for name in of_row["means"]}  # fmt: skip
+            if of_row.get("fvd"):
+                out[row]["fvd"] = {s: [f[s]["rows"][row]["fvd"]["value"] for f in found] for s in found[0]}
+    return out
+
+
 def run_apart(recipe: str, overrides: list[str], seed: int, threads: int, out: Path) -> dict[str, Any]:
     """Run each strategy of a recipe by itself, all at once; returns what `summary` needs of run_recipe's results."""
     found, running = {}, {}
     for strategy in load_recipe(recipe, overrides).strategies:
         folder = out / strategy
+        if (folder / "results.json").exists():
+            found[strategy] = json.loads((folder / "results.json").read_text())
+            continue
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "entprog.cli", "train", recipe, *overrides, f"seed={seed}"]
         command += [f"strategies=[{strategy}]", "--out", str(folder)]
@@ -106,6 +122,7 @@ def main() -> None:
     content["splits"] = {
         split: summary([r["evaluation"][split] for r in results], last, first) for split in results[0]["evaluation"]
     }
+    content["beside"] = {split: beside([r["evaluation"][split] for r in results]) for split in content["splits"]}
     path = Path(__file__).parent / "results" / "human_seeds.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(path)

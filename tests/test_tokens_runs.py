@@ -20,25 +20,25 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", ["linear", *(pytest.param(n, marks=pytest.mark.slow) for n in ("race", "strided"))])
-def test_a_killed_run_resumes_exactly_and_ends_at_full_size(name, tmp_path):
+@pytest.mark.parametrize("when", [0.3, pytest.param(0.8, marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_exactly_and_ends_at_full_size(name, when, tmp_path):
     whole = make(CASES[name], tmp_path / "whole")
     sizes = []
     whole.on_progress = lambda info: sizes.append(whole.prog.tokens.share)
     results = whole.run()
     assert sizes[-1] == 1 and (sizes[0] == 0.125 or name == "race") and results["kind"] == "run"
     assert sizes == sorted(sizes)
-    for when in (0.3, 0.8):
-        broken = make(CASES[name], tmp_path / f"broken {when}")
+    broken = make(CASES[name], tmp_path / "broken")
 
-        def die(info, when=when):
-            if info["step"] == 1 + int(when * (whole.step - 1)):
-                raise Killed
+    def die(info):
+        if info["step"] == 1 + int(when * (whole.step - 1)):
+            raise Killed
 
-        broken.on_progress = die
-        with pytest.raises(Killed):
-            broken.run()
-        make(CASES[name], tmp_path / f"broken {when}").run()
-        assert same(weights(tmp_path / "whole"), weights(tmp_path / f"broken {when}"))
+    broken.on_progress = die
+    with pytest.raises(Killed):
+        broken.run()
+    make(CASES[name], tmp_path / "broken").run()
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     events = [json.loads(line) for line in (tmp_path / "whole" / "events.jsonl").read_text().splitlines()]
     assert [e["tokens"]["size"] for e in events if e["event"] == "modes"][-1] == 1.0
 

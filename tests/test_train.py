@@ -56,6 +56,8 @@ CASES = {name: replace(TINY, strategy=name) for name in STRATEGIES} | {
     ),
 }
 
+OFTEN = ("ent-prog", "ent-prog+lora", "skip")  # the others in the slow suite
+
 
 @pytest.mark.parametrize("name", [n if n == "ent-prog" else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_two_fresh_runs_are_bit_identical_and_the_model_loads(name, tmp_path):
@@ -68,7 +70,7 @@ def test_two_fresh_runs_are_bit_identical_and_the_model_loads(name, tmp_path):
     assert results["peak_bytes"] > 0 and len(results["curve"]) == 3
 
 
-@pytest.mark.parametrize("strategy", ["full", "lora", "ent-prog"])
+@pytest.mark.parametrize("strategy", ["ent-prog", *(pytest.param(s, marks=pytest.mark.slow) for s in ("full", "lora"))])
 def test_checkpointing_keeps_less_and_changes_no_weight(strategy, tmp_path):
     config = replace(TINY, strategy=strategy, steps=6, min_saving=0.0)
     plain = make(config, tmp_path / "plain").run()
@@ -83,7 +85,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 @pytest.mark.parametrize("when", [0.3, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_a_killed_and_resumed_run_gives_bit_equal_weights(name, when, tmp_path):
     whole_run = make(CASES[name], tmp_path / "whole")

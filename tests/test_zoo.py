@@ -174,11 +174,14 @@ def row(name: str, folder: Path) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+LONG = ("UNetMotionModel", "UNetSpatioTemporalConditionModel", "UNet3DConditionModel")  # ten seconds each
+
+
 def is_row(line: str) -> bool:
     return line.split(" | ")[0][2:] in ZOO
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in ZOO])
 def test_the_page_says_what_is_measured(name, tmp_path):
     measured = row(name, tmp_path)
     assert re.search(r"\| 0 \| 0 \| all \| ok \| ok \|", measured), measured

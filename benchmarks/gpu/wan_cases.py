@@ -30,8 +30,8 @@ class Shape:
 
 
 SHAPES = {"1.3B": Shape(12, 128, 30, 8960), "14B": Shape(40, 128, 40, 13824)}
-_SMALL = {"latent": (1, 16, 3, 16, 16), "text": (1, 32, 64), "rank": 8}
-TWINS = {"1.3B": Shape(2, 64, 12, 512, **_SMALL), "14B": Shape(4, 64, 12, 1024, **_SMALL)}  # type: ignore[arg-type]
+_SMALL = {"latent": (1, 16, 3, 32, 32), "text": (1, 32, 64), "rank": 8}
+TWINS = {"1.3B": Shape(4, 64, 12, 1024, **_SMALL), "14B": Shape(6, 64, 12, 1536, **_SMALL)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
     python benchmarks/gpu/wan_step.py --out wan_step.json       # a GPU of 80 GB, 9 minutes at most, no data, no network
-    python benchmarks/gpu/wan_step.py --twin --out benchmarks/results/wan_step_twin.json   # the same, small, on a CPU
+    python benchmarks/gpu/wan_step.py --twin --seconds 1200 --steps 1 3 --out wan_step_twin.json  # small, on a CPU
+    python benchmarks/gpu/wan_step.py --dry-run                 # FLOPs and bytes as planned, into wan_step_planned.json
 
 Random bfloat16 weights (norms, tables and time embedding float32, as diffusers loads Wan), made on the device; 1 clip;
 AdamW with moments in the weights' dtype. Of trainable blocks 5 steps count after 2 to warm up; of steps that take more
@@ -11,7 +12,7 @@ every case. Run it again with the same --out to measure what there was no time f
 
 `bound` is the case's FLOPs over full training's with checkpointing (entprog.plan's count), `predicted` its bytes;
 `rest` is measured time over that bound: 1.0 where the step costs no more than its FLOPs. Peaks are from the second step
-on, GB are 1e9 bytes. A twin's time is the process's own CPU time, its bytes are measure.training_bytes.
+on, GB are 1e9 bytes. A twin's time is the process's own CPU time, its bytes are counted (`held_bytes`).
 """
 
 import argparse
@@ -34,8 +35,8 @@ from wan_cases import SHAPES, TARGETS, TWINS, Case, Shape, active_of, bound_of, 
 
 from entprog.blocks import Block, find_blocks
 from entprog.checkpointing import checkpoint_blocks
-from entprog.frozen import settle_weights
-from entprog.measure import saved_bytes, tensor_bytes, training_bytes
+from entprog.frozen import settle_weights, weight_bytes
+from entprog.measure import PeakBytes, tensor_bytes
 from entprog.modes import set_active
 from entprog.optim import step_in_backward
 from entprog.profiling import Profile, profile
@@ -125,7 +126,7 @@ def make_step(case: Case, model: nn.Module, batch: dict[str, Tensor], device: to
     if case.optimizer == "sgd":
         optimizer = torch.optim.SGD(trained, lr=1e-6)
     else:
-        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=device.type == "cuda")
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     if case.in_backward:
         step_in_backward(optimizer)
 
@@ -144,15 +145,14 @@ def make_step(case: Case, model: nn.Module, batch: dict[str, Tensor], device: to
     return step
 
 
-def held_bytes(case: Case, model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Return what a step holds on a CPU by measure.py's accounting; a block's recomputation is not in it."""
-    with saved_bytes(ignore=list(model.parameters())) as held:
-        loss = loss_of(model, batch)
-        kept = held()
-    del loss
-    trained = tensor_bytes(p for p in model.parameters() if p.requires_grad)
-    absent = trained * (case.in_backward + (2 if case.optimizer == "sgd" else 0))  # gradients, moments
-    return training_bytes(model, optimizer, kept) - absent
+def held_bytes(model: nn.Module, step: Callable[..., Any]) -> int:
+    """Return the most that one more step holds at once on a CPU: weights as a GPU would hold them, moments, and every
+    tensor that the step makes, followed from birth to death."""
+    state = [v for of in step.optimizer.state.values() for v in of.values() if v.ndim]  # type: ignore[attr-defined]
+    standing = weight_bytes(model)["device"] + tensor_bytes(state)
+    with PeakBytes() as made:
+        step()
+    return standing + made.peak
 
 
 def run_case(case: Case, shape: Shape, device: torch.device, count: tuple[int, int], until: float) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def run_case(case: Case, shape: Shape, device: torch.device, count: tuple[int, i
     if device.type == "cuda":
         row |= {"bytes": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
     else:
-        row["bytes"] = held_bytes(case, model, batch, step.optimizer)  # type: ignore[attr-defined]
+        row["bytes"] = held_bytes(model, step)
     if case == cases()[1]:
         try:
             row["kernels"] = kernels(step, device)
@@ -325,7 +325,7 @@ class Manager:
 
 
 def dry_run(manager: Manager, only: str = "") -> None:
-    """Print what the plan says of every case on a GPU whose name contains `only`."""
+    """Print what the plan says of every case on a GPU whose name contains `only`, and write it."""
     table = Table(title="planned, one GPU")
     for column in ("case", "PFLOP", "of full training", "GB"):
         table.add_column(column, justify="left" if column == "case" else "right")
@@ -334,27 +334,30 @@ def dry_run(manager: Manager, only: str = "") -> None:
         share = f"1/{full['flops'] / found['flops']:.2f}"
         held = f"{found['predicted'] / 1e9:.1f}" if "predicted" in found else ""
         table.add_row(case.name(), f"{found['flops'] / 1e15:.2f}", share, held)
+        manager.result["rows"][case.name()] = found | {"bound": found["flops"] / full["flops"]}
     console.print(table)
+    manager.out.write_text(json.dumps(manager.result | {"device": "none: planned"}, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("wan_step.json"))
+    parser.add_argument("--out", type=Path, help="default: wan_step.json, of a dry run wan_step_planned.json")
     parser.add_argument("--seconds", type=float, default=510, help="for all cases, after the imports; what would not fit is listed")  # fmt: skip  # noqa: E501
     parser.add_argument("--steps", type=int, nargs=2, default=(2, 5), metavar=("WARM", "COUNTED"))
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--twin", action="store_true", help="a small model on the CPU")
     parser.add_argument("--dry-run", action="store_true", help="the cases with FLOPs and bytes as planned, no GPU needed")  # fmt: skip  # noqa: E501
     args = parser.parse_args()
+    out = args.out or Path("wan_step_planned.json" if args.dry_run else "wan_step.json")
     if args.dry_run:
-        dry_run(Manager(args.out, 0, torch.device("meta"), SHAPES), args.only)
+        dry_run(Manager(out, 0, torch.device("meta"), SHAPES), args.only)
         return
     if not args.twin and not torch.cuda.is_available():
         parser.error("there is no GPU here: pass --twin for the small model on the CPU")
     device = torch.device("cpu" if args.twin else "cuda")
     if args.twin:
         torch.set_num_threads(1)
-    manager = Manager(args.out, args.seconds, device, TWINS if args.twin else SHAPES)
+    manager = Manager(out, args.seconds, device, TWINS if args.twin else SHAPES)
     rows = manager.result["rows"]
     for case in (c for c in cases() if args.only in c.name()):
         if case.name() in rows:

@@ -2,7 +2,7 @@
 
     precision   on the device                        error of a product   what else
     bf16        bfloat16                             2e-3                 for float32 weights; smaller ones stay
-    int8        int8, one float32 scale a row        6e-3
+    int8        int8, one float32 scale a row        5e-3
     fp8         float8_e4m3fn, one scale a row       3e-2                 keeps small weights of a row better than int8
     cpu         nothing but a ring of two blocks     none                 weights arrive from the host ahead of use
 

@@ -26,10 +26,10 @@ class Progressive:
     priority, schedule, search: rows of PRIORITIES, SCHEDULES, SEARCHES. stages: K, each an equal share of the run.
     active_share: for `fixed`. grid: shares of L that `adaptive` may choose.
     frozen: "bypass", "bypass_attn" or "pass"; as many are bypassed as leave the gradients a cosine of min_fidelity to
-    the exact ones, and those of what trains outside blocks (a new pose encoder) min_new_fidelity; with "bypass_attn"
-    of those with self-attention of their own, the others pass. skip: largest share of blocks that may sit out; all are
-    back at restore_at of the run, by a row of RESTORES (`once`, `halves`, `one_by_one`), and those that are to train do
-    so from then on. stem: pretrained modules outside blocks train "late" (with block 0), "always" or "never".
+    the exact ones, and those of what trains outside blocks (a new pose encoder) min_new_fidelity; with "bypass_attn" of
+    those with self-attention of their own, the others are "prefix". skip: largest share of blocks that may sit out; all
+    are back at restore_at of the run, by a row of RESTORES (`once`, `halves`, `one_by_one`), and those that are to
+    train do so from then on. stem: pretrained modules outside blocks train "late" (with block 0), "always" or "never".
     min_saving: where a stage of `linear` would save less than this share of a full step's FLOPs, all blocks train from
     then on (event `all_train`); not within a memory budget.
     search_budget, score_budget: shares of a stage and of the run. rescore: rank again at every "stage" or "never".
