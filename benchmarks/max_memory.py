@@ -3,18 +3,19 @@
     python benchmarks/max_memory.py                  # 5 minutes of one core; benchmarks/results/max_memory.json
 
 The limit is a share of what a step that trains everything holds, without checkpoints. EntProg decides m, modes,
-precision, checkpointing and what waits on the host; ent-prog's own settings, sets changing every two steps, AdamW,
-float32. `step`: the most that a step holds by the run's own accounting (weights as a GPU would hold them, gradients,
-moments, what autograd keeps, the block that runs again); `search`: the most while scoring, measuring fidelity and in
-trials; `live`: counted apart, by following every tensor that forward and backward make from birth to death, temporary
-ones included, which no plan foresees. All are shares of the limit. `error`: what a trial measured / the plan - 1.
+precision, checkpointing and what waits on the host; ent-prog's own settings, and the same with CEI in place of gain,
+sets changing every two steps, AdamW, float32. `step`: the most that a step holds by the run's own accounting (weights
+as a GPU would hold them, gradients, moments, what autograd keeps, the block that runs again); `search`: the most while
+scoring, measuring fidelity and in trials; `live`: counted apart, by following every tensor that forward and backward
+make from birth to death, temporary ones included, which no plan foresees. All are shares of the limit. `error`: what a
+trial measured / the plan - 1.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ from entprog.strategy import Progressive, ent_prog
 SHARES = (0.9, 0.7, 0.5, 0.35, 0.25)
 NAMES = ("Wan", "HunyuanVideo", "LTX", "SD3", "PoseDiT")
 EVERYTHING = Progressive(priority="first", schedule="fixed", active_share=1.0, stages=1)
-SETTINGS = replace(ent_prog(), rotate_every=2)
+SETTINGS = {
+    "gain": replace(ent_prog(), rotate_every=2),
+    "cei": replace(ent_prog(), priority="cei", rotate_every=2),  # scores that need no gradients need less memory
+}
 
 
 class Task:
@@ -125,10 +129,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for family in args.families:
         full = run(family, EVERYTHING, None, steps=2)["step_bytes"]
-        for share in SHARES:
-            row: dict[str, Any] = {"family": family, "share": share, "full_bytes": full, "limit": int(share * full)}
+        for share, scores in product(SHARES, SETTINGS):
+            row: dict[str, Any] = {"family": family, "scores": scores, "share": share, "full_bytes": full}
+            row["limit"] = int(share * full)
             try:
-                row |= run(family, SETTINGS, row["limit"])
+                row |= run(family, SETTINGS[scores], row["limit"])
                 for part in ("step", "search", "live"):
                     row[part] = row[f"{part}_bytes"] / row["limit"]
                 low, high = row["errors"]
@@ -139,8 +144,8 @@ def main() -> None:
                 row["refused"] = str(refused)
                 cells = ["refused"] + [""] * 6
             rows.append(row)
-            table.add_row(family, f"{share:g}", *cells)
-            print(family, share, *cells, row.get("refused", ""), flush=True)
+            table.add_row(family, scores, f"{share:g}", *cells)
+            print(family, scores, share, *cells, row.get("refused", ""), flush=True)
             args.out.write_text(json.dumps(environment() | {"rows": rows}, indent=1) + "\n")
     Console(width=160).print(table)
 

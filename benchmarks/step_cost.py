@@ -69,7 +69,7 @@ def cases(stored: bool) -> list[Case]:
 
 def pose_dit() -> Made:
     """The embedded model on drawn figures."""
-    return load_model("base"), *_on_figures(4), "PoseDiT-T, 4 clips of 8 frames of 24 px"
+    return load_model("base"), *_on_figures(4), "PoseDiT-T, 4 clips of 6 frames of 24 px"
 
 
 def pose_dit_s() -> Made:
@@ -77,7 +77,7 @@ def pose_dit_s() -> Made:
     model = load_model("S")
     torch.nn.init.normal_(model.get_submodule("adaLN_modulation.1").get_parameter("weight"), std=0.1)
     torch.nn.init.normal_(model.get_submodule("final_layer.linear").get_parameter("weight"), std=0.1)
-    return model, *_on_figures(1), "PoseDiT-S, 1 clip of 8 frames of 24 px"
+    return model, *_on_figures(1), "PoseDiT-S, 1 clip of 6 frames of 24 px"
 
 
 def _on_figures(count: int) -> tuple[Loss, Any]:

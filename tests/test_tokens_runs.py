@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import TINY, Killed, make, same, tiny_model, weights
+from test_train import TINY, broken_off, make, same, tiny_model, weights
 
 from entprog.models.shrinking import shrink_of
 from entprog.tokens import WHOLE, Tokens
@@ -28,16 +28,7 @@ def test_a_killed_run_resumes_exactly_and_ends_at_full_size(name, when, tmp_path
     results = whole.run()
     assert sizes[-1] == 1 and (sizes[0] == 0.125 or name == "race") and results["kind"] == "run"
     assert sizes == sorted(sizes)
-    broken = make(CASES[name], tmp_path / "broken")
-
-    def die(info):
-        if info["step"] == 1 + int(when * (whole.step - 1)):
-            raise Killed
-
-    broken.on_progress = die
-    with pytest.raises(Killed):
-        broken.run()
-    make(CASES[name], tmp_path / "broken").run()
+    broken_off(CASES[name], tmp_path / "broken", 1 + int(when * (whole.step - 1)))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     events = [json.loads(line) for line in (tmp_path / "whole" / "events.jsonl").read_text().splitlines()]
     assert [e["tokens"]["size"] for e in events if e["event"] == "modes"][-1] == 1.0

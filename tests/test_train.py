@@ -85,22 +85,28 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
-@pytest.mark.parametrize("when", [0.3, pytest.param(0.9, marks=pytest.mark.slow)])
-def test_a_killed_and_resumed_run_gives_bit_equal_weights(name, when, tmp_path):
-    whole_run = make(CASES[name], tmp_path / "whole")
-    whole_run.run()
-    trainer = make(CASES[name], tmp_path / "broken")
+def broken_off(config, folder, after):
+    """Let a run die after a step and resume it to its end."""
+    trainer = make(config, folder)
 
     def die(info):
-        if info["step"] == 1 + int(when * (whole_run.step - 1)):
+        if info["step"] == after:
             raise Killed
 
     trainer.on_progress = die
     with pytest.raises(Killed):
         trainer.run()
-    resumed = make(CASES[name], tmp_path / "broken")
+    resumed = make(config, folder)
     resumed.run()
+    return resumed
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("when", [0.3, pytest.param(0.9, marks=pytest.mark.slow)])
+def test_a_killed_and_resumed_run_gives_bit_equal_weights(name, when, tmp_path):
+    whole_run = make(CASES[name], tmp_path / "whole")
+    whole_run.run()
+    broken_off(CASES[name], tmp_path / "broken", 1 + int(when * (whole_run.step - 1)))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     whole, broken = ((tmp_path / n / "events.jsonl").read_text().splitlines() for n in ("whole", "broken"))
 

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -18,10 +18,6 @@ from entprog.blocks import forked_rng
 from entprog.modes import running, set_active
 
 RANKS = 2
-
-
-class Killed(Exception):
-    pass
 
 
 def part(batch, alone):
@@ -296,22 +292,13 @@ def refusals():
 
 def trained(folder, kill_at=None):
     """The Trainer on drawn figures, resumed after an error at a step if one is given; returns what its run left."""
-    from test_train import TINY, make
+    from test_train import TINY, broken_off, make
 
     config = replace(TINY, strategy="ent-prog", schedule="adaptive", search_budget=1.5, priority="cei", batch_size=4,
                      ema_decay=0.9, lr=3e-4)  # fmt: skip
-    if kill_at:
-        trainer = make(config, folder)
-
-        def die(info):
-            if info["step"] == kill_at:
-                raise Killed
-
-        trainer.on_progress = die
-        with suppress(Killed):
-            trainer.run()
-    trainer = make(config, folder)
-    trainer.run()
+    trainer = broken_off(config, folder, kill_at) if kill_at else make(config, folder)
+    if not kill_at:
+        trainer.run()
     events = [e for e in trainer.prog.events if e["event"] == "modes"]
     return {"weights": whole(trainer.model), "active": [e["active"] for e in events], "wrote": trainer.log.count > 0}
 
