@@ -69,9 +69,6 @@ def run_apart(recipe: str, overrides: list[str], seed: int, threads: int, out: P
     found, running = {}, {}
     for strategy in load_recipe(recipe, overrides).strategies:
         folder = out / strategy
-        if (folder / "results.json").exists():
-            found[strategy] = json.loads((folder / "results.json").read_text())
-            continue
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "entprog.cli", "train", recipe, *overrides, f"seed={seed}"]
         command += [f"strategies=[{strategy}]", "--out", str(folder)]

@@ -140,7 +140,9 @@ def main() -> None:
                 cells = [f"{row[k]:.2f}" for k in ("step", "search", "live")]
                 cells += ["-".join(map(str, row["at_a_time"])) + f" of {row['blocks']}", str(len(row["never_trained"]))]
                 cells += [f"{low:+.1%} to {high:+.1%}", "; ".join(row["kept_as"])]
-            except ValueError as refused:
+            except (ValueError, RuntimeError) as refused:
+                if "max_memory" not in str(refused):
+                    raise
                 row["refused"] = str(refused)
                 cells = ["refused"] + [""] * 6
             rows.append(row)

@@ -1,6 +1,7 @@
 """Full, LoRA and Ent-Prog with its ablations at equal net time, several seeds.
 
-    python benchmarks/seeds.py --seconds 100 --seeds 0 1 2          # writes benchmarks/results/seeds.json
+    python benchmarks/seeds.py --seconds 90 --threads 1                 # writes benchmarks/results/seeds.json
+    python benchmarks/seeds.py --seconds 280 --clock model --out seeds_flops.json   # equal FLOPs, whatever the load
 
 Each strategy trains at the best rate that docs/log.md found for it. Held-out losses are compared sample by sample;
 time_to_full_loss is the net time at which a run first reached the final loss of `full` of the same seed. Runs that are
@@ -31,9 +32,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(name: str, seconds: float, seed: int) -> RunConfig:
+def config_of(name: str, seconds: float, seed: int, clock: str) -> RunConfig:
     """Return one variant's configuration: the strategy's own, and the one word that is changed."""
-    base = demo(name.split()[0], seconds, seed)
+    base = replace(demo(name.split()[0], seconds, seed), clock=clock)
     return replace(base, samples=0, held_out_clips=64, checkpoint_every=10_000, **ABLATIONS[name])
 
 
@@ -55,8 +56,9 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=100.0)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--clock", choices=("wall", "model"), default="wall", help="model: 1e10 FLOPs are a second")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--only", nargs="*", default=list(ABLATIONS), choices=list(ABLATIONS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--runs", type=Path, default=Path("runs/seeds"))
@@ -69,12 +71,18 @@ def main() -> None:
         for name in args.only:
             with progress_bar() as show:
                 folder = args.runs / f"{seed}" / name.replace(" ", "-")
-                runs[seed][name] = train_run(config_of(name, args.seconds, seed), folder, show)
+                runs[seed][name] = train_run(config_of(name, args.seconds, seed, args.clock), folder, show)
     if "full" not in args.only:
         return
     runs = {seed: with_speedups(of_seed) for seed, of_seed in runs.items()}
     totals = {name: summary([runs[s][name] for s in args.seeds]) for name in args.only}
-    record = {"seconds": args.seconds, "threads": args.threads, "summary": totals, "runs": runs} | environment()
+    record = {
+        "seconds": args.seconds,
+        "clock": args.clock,
+        "threads": args.threads,
+        "summary": totals,
+        "runs": runs,
+    } | environment()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     table = Table(title=f"{len(args.seeds)} seeds, {args.seconds:.0f} net seconds, {args.threads} thread(s)")

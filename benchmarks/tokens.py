@@ -67,7 +67,8 @@ def config_of(name: str, seconds: float, seed: int) -> RunConfig:
     """Return one run's configuration."""
     changes = dict((RUNS | FIRST_SEED)[name])
     base = demo(changes.pop("strategy", "ent-prog"), seconds, seed)
-    return replace(base, clock="model", samples=0, held_out_clips=64, checkpoint_every=10_000, evaluations=2, **changes)
+    base = replace(base, clock="model", samples=0, held_out_clips=64, checkpoint_every=10_000, evaluations=2)
+    return replace(base, **({"batch_size": 4} | changes))
 
 
 def compared(folder: Path, seconds: float, seeds: list[int], names: list[str]) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=80.0, help="of the model clock, for each run")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3])
     names = {slug(name): name for name in (*RUNS, *FIRST_SEED)}
-    parser.add_argument("--only", nargs="*", choices=list(names), default=list(names), help="runs; full among them")
+    parser.add_argument("--only", nargs="*", choices=list(names), default=list(names), help="runs beside full")
     parser.add_argument("--part", choices=["runs", "positions", "both"], default="both")
     parser.add_argument("--runs", type=Path, default=Path("runs/tokens"))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "tokens.json")
@@ -201,8 +202,10 @@ def main() -> None:
     torch.set_num_threads(1)
     record = json.loads(args.out.read_text()) if args.out.exists() else {}
     for count in range(1, len(args.seeds) + 1) if args.part != "positions" else ():
-        rows = compared(args.runs, args.seconds, args.seeds[:count], [names[n] for n in args.only])
-        record.setdefault("runs", {})[f"{args.seconds:g} model seconds"] = rows
+        rows = compared(
+            args.runs, args.seconds, args.seeds[:count], ["full", *(names[n] for n in args.only if n != "full")]
+        )
+        record.setdefault("runs", {}).setdefault(f"{args.seconds:g} model seconds", {}).update(rows)
         args.out.write_text(json.dumps(record | environment(), indent=1) + "\n")
     if args.part != "runs":
         record["positions"] = positions(args.seeds)

@@ -77,7 +77,6 @@ def in_steps(model, steps, optimizer=None, clear=True):
     [
         ([0, 1, 0], r"prog.step\(0\) after 1.*whole run"),
         ([(0, -0.1)], "progress is -0.1"),
-        ([(0, 0.0), (1, 12.5)], "progress is 12.5.*share of the whole run"),
         ([(0, float("nan"))], "progress is nan"),
         ([(0, 0.0), (1, 0.6), (2, 0.1)], "progress is 0.1, and stage 2 has begun at 0.5"),
     ],
@@ -107,7 +106,32 @@ def test_a_model_that_another_entprog_has_switched_is_refused_until_it_is_releas
     with pytest.raises(ValueError, match="as another EntProg has left them.*release"):
         in_steps(model, range(3))
     first.release()
-    assert [p.requires_grad for p in in_steps(model, range(8)).model.parameters()] == before
+    second = in_steps(model, range(3))
+    switched = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="as another EntProg has left them"):
+        first.step(3, torch.optim.SGD(model.parameters()))
+    first.release()  # gives back nothing of the other's
+    assert [p.requires_grad for p in model.parameters()] == switched != before
+    second.release()
+    assert [p.requires_grad for p in model.parameters()] == before
+
+
+def test_what_an_entprog_has_frozen_that_is_gone_may_train_again():
+    model = Plain()
+    for p in model.head.parameters():
+        p.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    assert not all(p.requires_grad for p in in_steps(model, range(3)).model.blocks.parameters())
+    prog = in_steps(model, range(8))
+    assert len(prog.active) == 4 and [p.requires_grad for p in model.parameters()] == before
+
+
+def test_a_state_in_which_other_blocks_train_is_refused():
+    saved = in_steps(Plain(), range(8)).state_dict()
+    model = Plain()
+    model.blocks[1].requires_grad_(False)
+    with pytest.raises(ValueError, match="the candidates of the run that was saved"):
+        in_steps(model, []).load_state_dict(saved)
 
 
 def test_blocks_that_their_owner_has_frozen_stay_so_unless_all_are():

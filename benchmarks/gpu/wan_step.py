@@ -43,6 +43,7 @@ from entprog.profiling import Profile, profile
 
 console = Console(width=160)
 FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")  # kept so by diffusers' from_pretrained
+PLANNED = "none: planned"  # the device of a dry run
 DEAR = 6.0  # seconds of a step above which fewer are timed
 RATE = {"cuda": 3e14, "cpu": 2e10}  # FLOP/s, a guess until the first case has been measured
 
@@ -274,7 +275,8 @@ class Manager:
         self.result: dict[str, Any] = environment(device) | {"shapes": {k: asdict(s) for k, s in shapes.items()}}
         self.result |= {"twin": device.type == "cpu", "rows": {}}
         earlier = json.loads(out.read_text()) if out.exists() else {}
-        if earlier.get("device") == self.result["device"]:
+        same = json.loads(json.dumps(self.result["shapes"])) == earlier.get("shapes")
+        if earlier.get("device") == self.result["device"] and same:
             done = {k: r for k, r in earlier["rows"].items() if r["status"] in ("measured", "out of memory")}
             self.result["rows"] = done
 
@@ -336,7 +338,8 @@ def dry_run(manager: Manager, only: str = "") -> None:
         table.add_row(case.name(), f"{found['flops'] / 1e15:.2f}", share, held)
         manager.result["rows"][case.name()] = found | {"bound": found["flops"] / full["flops"]}
     console.print(table)
-    manager.out.write_text(json.dumps(manager.result | {"device": "none: planned"}, indent=1) + "\n")
+    manager.out.parent.mkdir(parents=True, exist_ok=True)
+    manager.out.write_text(json.dumps(manager.result | {"device": PLANNED}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -350,6 +353,8 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out or Path("wan_step_planned.json" if args.dry_run else "wan_step.json")
     if args.dry_run:
+        if out.exists() and json.loads(out.read_text()).get("device") != PLANNED:
+            parser.error(f"{out} holds what was measured: give a dry run another --out")
         dry_run(Manager(out, 0, torch.device("meta"), SHAPES), args.only)
         return
     if not args.twin and not torch.cuda.is_available():

@@ -1,5 +1,6 @@
 """Guards: what would go wrong in silence in somebody's loop, refused before blocks are switched."""
 
+import gc
 import json
 import math
 import weakref
@@ -38,7 +39,9 @@ BEGUN = (
     "out",
 )
 
-SWITCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # blocks as an EntProg has switched them, not released since
+# model that is not released -> (whose it is, which parameters trained when that EntProg was built)
+OWNERS: "weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[EntProg], dict[str, bool]]]"
+OWNERS = weakref.WeakKeyDictionary()
 
 CALL_IT = (
     "call it once per optimizer step, before the forward pass (with Accelerate: before `with "
@@ -66,11 +69,50 @@ def check_inputs(clock: str, total_steps: int, train_batches: Any, settings: "Pr
 
 
 def check_released(model: nn.Module) -> None:
-    """Refuse a model that another EntProg has switched: what it has frozen would pass for frozen by its owner."""
-    if any(module in SWITCHED for module in model.modules()):
+    """Refuse a model that another EntProg has switched: what it has frozen would pass for frozen by its owner.
+
+    Where that EntProg is gone, what it has frozen may train again. ValueError.
+    """
+    for part in [m for m in model.modules() if m in OWNERS]:
+        owner, flags = OWNERS[part]
+        if owner() is not None:
+            gc.collect()  # it may be gone but for a cycle
+        if owner() is not None:
+            raise ValueError(
+                "the model's blocks are frozen and run as another EntProg has left them: call its release() first"
+            )
+        for name, p in part.named_parameters():
+            p.requires_grad_(flags.get(name, p.requires_grad))
+        del OWNERS[part]
+
+
+def own(prog: "EntProg") -> None:
+    """Note whose model this is now. ValueError where another EntProg has switched it meanwhile."""
+    found = OWNERS.get(prog.model)
+    if found is None or found[0]() is not prog:
+        check_released(prog.model)
+        flags = {id(p): required for p, required in prog.required}
+        OWNERS[prog.model] = (
+            weakref.ref(prog),
+            {name: flags.get(id(p), p.requires_grad) for name, p in prog.model.named_parameters()},
+        )
+
+
+def disown(prog: "EntProg") -> bool:
+    """Forget whose model this is; return whether it was this EntProg's."""
+    found = OWNERS.get(prog.model)
+    if found is None or found[0]() is not prog:
+        return False
+    del OWNERS[prog.model]
+    return True
+
+
+def check_saved_modes(modes: Mapping[str, str], candidates: Sequence[str]) -> None:
+    """Refuse a saved state in which blocks train that may not train here. ValueError."""
+    if others := [name for name, mode in modes.items() if mode == "train" and name not in candidates]:
         raise ValueError(
-            "the model's blocks are frozen and run as another EntProg has left them: call its release() first, or load "
-            "the model anew"
+            f"in the saved state the blocks {others} train, and of this EntProg's candidates they are none: give it "
+            "the candidates of the run that was saved, or leave its blocks unfrozen before"
         )
 
 
@@ -200,7 +242,7 @@ def check_step(prog: "EntProg", step: int, progress: float | None) -> None:
             "epoch; going back to a checkpoint needs load_state_dict, training anew a new EntProg"
         )
     least = max(0, prog.stage) / prog.settings.stages
-    if progress is not None and not least - 1e-6 <= progress < 1.5:  # a little late is no mistake, percents are
+    if progress is not None and not least - 1e-6 <= progress < math.inf:
         raise ValueError(
             f"progress is {progress}, and stage {prog.stage + 1} has begun at {least}: give the share of the whole run "
             "that is over, in [0, 1), which never falls, not after a resume either"

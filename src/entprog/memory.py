@@ -19,7 +19,7 @@ from entprog.budget import Budget, Keeping
 from entprog.checkpointing import checkpoint_blocks, checkpointed
 from entprog.cost import outside_of
 from entprog.frozen import settle_weights
-from entprog.guards import SWITCHED, check_parkable
+from entprog.guards import check_parkable, disown, own
 from entprog.measure import moments_to_come, saved_bytes, tensor_bytes, training_bytes
 from entprog.modes import set_active, set_mode
 from entprog.optim import settle_optimizer
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def apply(prog: "EntProg", modes: Mapping[str, str], keeping: Keeping) -> None:
     """Set what trains, every block's mode, and how all of it is kept."""
-    SWITCHED.update(b.module for b in prog.blocks)
+    own(prog)
     active = [n for n, m in modes.items() if m == "train"]
     set_active(prog.blocks, active, frozen={n: m for n, m in modes.items() if m != "train"})
     settle_stem(prog, modes)
@@ -287,7 +287,8 @@ def release(prog: "EntProg", optimizer: bool = True) -> None:
 
     optimizer: parked optimizer state comes back, too.
     """
-    SWITCHED.difference_update({b.module for b in prog.blocks})
+    if not disown(prog):
+        return  # never switched, or released already, and perhaps another's now
     for block in prog.blocks:
         set_mode(block, "train")
     for p, required in prog.required:

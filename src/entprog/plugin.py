@@ -429,8 +429,9 @@ class EntProg:
         self.tokens, self.released = WHOLE, True
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where state_dict left off. ValueError if the setting is another one."""
+        """Continue where state_dict left off. ValueError if the setting, or what may train, is another."""
         guards.check_settings(self.settings, state["settings"])
+        guards.check_saved_modes(state["modes"], self.candidates)
         self.stage, self.last_step, self.search_steps = state["stage"], state["last_step"], state["search_steps"]
         self.model_seconds = state["model_seconds"]
         run_cost.load(self, state["costs"])
