@@ -24,7 +24,7 @@ from entprog.measure import moments_to_come, saved_bytes, tensor_bytes, training
 from entprog.modes import set_active, set_mode
 from entprog.optim import settle_optimizer
 from entprog.priority import samples
-from entprog.schedule import PERIODS, Candidate, rotated
+from entprog.schedule import Candidate, periods, rotated
 from entprog.snapshot import buffers_kept
 
 if TYPE_CHECKING:
@@ -264,7 +264,9 @@ def due(prog: "EntProg", step: int, progress: float) -> int:
         return 0
     if prog.settings.rotate_every is not None:
         return (step - prog.stage_step) // prog.settings.rotate_every
-    return int((progress * prog.settings.stages - prog.stage) * PERIODS + 1e-9)
+    assert prog.wanted is not None
+    count = periods(len(prog.candidates), prog.wanted.active)
+    return int((progress * prog.settings.stages - prog.stage) * count + 1e-9)
 
 
 def rotate(prog: "EntProg", progress: float) -> None:

@@ -196,7 +196,13 @@ def still_out(count: int, restore: str, restore_at: float, progress: float) -> i
     return sum(progress < restore_at * mark - 1e-9 for mark in RESTORES[restore](count))
 
 
-PERIODS = 8  # of rotation in a stage, where no number of steps is given
+def periods(total: int, count: int) -> int:
+    """Return how many periods of rotation a stage has where no number of steps is given: enough for all to train.
+
+    `count` of `total` blocks train at a time. At least 8: a block waits for 2 ceil(total / count) periods at most
+    (`rotated`), and as many of them as there are sets wait at once.
+    """
+    return max(8, 3 * math.ceil(total / count))
 
 
 def rotated(ranking: Sequence[str], count: int, period: int, waited: Mapping[str, int], seed: int = 0) -> list[str]:

@@ -39,8 +39,9 @@ class Progressive:
     optimizer_state: of blocks that stop training it is "keep"-t, "drop"-ped or "park"-ed on the host; None: kept, or
     parked within a memory budget. growth: "nested", the best blocks and then more; "rotate", in every period another
     set of the same size (`rotated`); None: nested until max_memory stops it, then rotating. rotate_every: steps of a
-    period, by default an eighth of a stage. seed: of the rotation. selection: the "top" of the ranking trains, or the
-    "cost_aware" set of largest score whose step costs no more, where gradients pass through what lies behind it.
+    period, by default an eighth of a stage, or as few as give every block its turn (`periods`). seed: of the rotation.
+    selection: the "top" of the ranking trains, or the "cost_aware" set of largest score whose step costs no more, where
+    gradients pass through what lies behind it.
     axes: what a candidate is made of, "blocks" or "blocks,tokens": training steps, and those of searches, then see
     smaller clips, as pairs (share of the frames, scale of height and width) of token_grid, until tokens_until of the
     run. `fixed` takes the smallest, `linear` all in turn, `adaptive` what pays; full size is always in the grid.
