@@ -17,6 +17,15 @@ from entprog.models.pose_dit import pose_dit
 
 torch.set_num_threads(1)
 
+# files are dealt out whole, in this order
+LONG = ("parallel", "train", "recipe", "wan", "budget", "plugin", "commands", "examples")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files that take longest begin, so that no process is left with one at the end."""
+    place = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+
 
 class Residual(nn.Module):
     """A plain residual block: x + MLP(x)."""
