@@ -24,7 +24,7 @@ from entprog.models.pose_dit import pose_dit
 from entprog.modes import running, set_active
 from entprog.plugin import EntProg
 from entprog.priority import HostBatches, score
-from entprog.schedule import periods, rotated
+from entprog.schedule import rotated
 from entprog.strategy import Progressive, add_adapters
 from entprog.supernet import BatchStream
 from entprog.train import Trainer
@@ -213,17 +213,6 @@ def test_rotation_is_deterministic_weighted_and_reaches_every_block():
         drawn += now
     assert drawn.count("b0") + drawn.count("b1") > 2 * (drawn.count("b8") + drawn.count("b9"))
     assert rotated(ranking, 3, 1, {}) != rotated(ranking, 3, 1, {}, seed=1)
-
-
-@pytest.mark.parametrize("total", [1, 2, 7, 12, 40])
-def test_a_stage_has_periods_enough_for_every_block(total):
-    for count_, seed in product(range(1, total + 1), range(3)):
-        ranking, waited, trained = [f"b{i}" for i in range(total)], {}, set()
-        for period in range(periods(total, count_)):
-            now = rotated(ranking, count_, period, waited, seed)
-            waited = {n: 0 if n in now else waited.get(n, 0) + 1 for n in ranking}
-            trained |= set(now)
-        assert trained == set(ranking), (count_, seed)
 
 
 def test_rotation_holds_its_set_for_a_period_and_frozen_weights_still():

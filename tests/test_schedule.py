@@ -16,6 +16,8 @@ from entprog.schedule import (
     block_sets,
     block_sizes,
     candidates,
+    periods,
+    rotated,
     still_out,
 )
 from entprog.strategy import Progressive
@@ -126,3 +128,14 @@ def test_what_is_said_never_to_search_never_does(name):
         settings, previous = Progressive(skip=skip, axes=axes, stages=stages), None
         for stage in range(stages):
             previous = SCHEDULES[name](stage, stages, 8, settings, previous, None)
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 12, 40])
+def test_a_stage_has_periods_enough_for_every_block(total):
+    for count, seed in itertools.product(range(1, total + 1), range(3)):
+        ranking, waited, trained = [f"b{i}" for i in range(total)], {}, set()
+        for period in range(periods(total, count)):
+            now = rotated(ranking, count, period, waited, seed)
+            waited = {n: 0 if n in now else waited.get(n, 0) + 1 for n in ranking}
+            trained |= set(now)
+        assert trained == set(ranking), (count, seed)
