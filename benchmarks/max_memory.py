@@ -7,8 +7,8 @@ precision, checkpointing and what waits on the host; ent-prog's own settings, an
 AdamW, float32. `step`: the most that a step holds by the run's own accounting (weights as a GPU would hold them,
 gradients, moments, what autograd keeps, the block that runs again); `search`: the most while scoring, measuring
 fidelity and in trials; `live`: counted apart, by following every tensor that forward and backward make from birth to
-death, temporary ones included, which no plan foresees. All are shares of the limit. `error`: what a trial measured /
-the plan - 1.
+death in the first step with each set of blocks, temporary ones included, which no plan foresees. All are shares of the
+limit. `error`: what a trial measured / the plan - 1.
 """
 
 import argparse
